@@ -1,0 +1,83 @@
+"""Checkpoints: one file of tensors and plain values, written whole or not at all, read without running any code."""
+
+from __future__ import annotations
+
+import os
+import random
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+__all__ = ["load_checkpoint", "restore_random_state", "random_state", "save_checkpoint"]
+
+FORMAT = 1
+
+
+def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint beside its place and rename it, so that a half-written file never replaces a good one.
+
+    Args:
+        path: file to write; its folder is made if need be.
+        content: tensors, numbers, strings, lists and dictionaries of them.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
+    try:
+        with open(partial, "wb") as file:
+            torch.save({"vadd_pyro": FORMAT, **content}, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
+def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
+    """Read a checkpoint, with ``weights_only=True``.
+
+    Raises:
+        FileNotFoundError: if there is none.
+        ValueError: naming the file, if it is damaged or no checkpoint of this package.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    try:
+        content = torch.load(path, map_location=map_location, weights_only=True)
+    except Exception as error:  # torch raises many kinds for a damaged file; all mean the same to the caller
+        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+    if not isinstance(content, dict) or "vadd_pyro" not in content:
+        raise ValueError(f"{path} is no checkpoint of vadd_pyro")
+    if content["vadd_pyro"] != FORMAT:
+        raise ValueError(
+            f"{path} has checkpoint format {content['vadd_pyro']}, this version reads {FORMAT}"
+        )
+    return content
+
+
+def random_state() -> dict[str, Any]:
+    """State of all random number generators that a program may draw on, as tensors and plain values."""
+    kind, keys, position, has_gauss, cached = np.random.get_state()
+    version, internal, gauss = random.getstate()
+    state: dict[str, Any] = {
+        "torch": torch.get_rng_state(),
+        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "python": [version, list(internal), gauss],
+    }
+    if torch.cuda.is_initialized():
+        state["cuda"] = torch.cuda.get_rng_state_all()
+    return state
+
+
+def restore_random_state(state: dict[str, Any]) -> None:
+    """Put the generators back to a state from :func:`random_state`."""
+    torch.set_rng_state(state["torch"].cpu())
+    kind, keys, *rest = state["numpy"]
+    np.random.set_state((kind, keys.cpu().numpy().astype(np.uint32), *rest))
+    version, internal, gauss = state["python"]
+    random.setstate((version, tuple(internal), gauss))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state_all([s.cpu() for s in state["cuda"]])

@@ -1,0 +1,305 @@
+r"""The masked-diffusion ELBO: two objectives over one pair of step programs.
+
+**(a) ``objective="delbo"``**, with every masked position a target, is the training objective of VADD,
+
+.. math::
+    \mathrm{DELBO}(x_0) = E_{t, x_t}\; w(t)\; E_{r(z)} \Big[ \sum_{i\ \text{masked}} \log \mu_i(x_{0,i} \mid x_t, z, t)
+    - \lambda \log \frac{r(z \mid x_0, x_t)}{p(z \mid x_t, t)} \Big].
+
+It trains well, but **it is no lower bound on** ``log p(x_0)`` when ``z`` couples positions: for D tied fair bits and a perfect
+model it gives ``-log 2 / D``, above the truth. Never report it as a likelihood.
+
+**(b) ``objective="chain"``**, with the positions ``S_i`` that step ``i`` of a T-step sampler reveals as targets, is a bound on the
+law of that sampler (with ``lambda = 1``),
+
+.. math::
+    \log p_T(x_0) \ge \sum_{i=1}^T E_{x_{t_i}, S_i} E_{r(z)} \Big[ \sum_{j \in S_i} \log \mu_j - \log \frac{r(z)}{p(z)} \Big],
+
+estimated by one uniformly drawn step per row, times ``T``. A guide trained by (a) alone has never seen a target that is not all
+that is masked: train on (b) or refit the guide before reporting it.
+
+References:
+    Xie et al. 2025, "Variational Autoencoding Discrete Diffusion" (arXiv 2505.17384), for (a); Chao et al. 2026 on why (a) is no
+    bound; SPEC section 3 for (b).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from pyro.infer import ELBO
+from pyro.infer.enum import get_importance_trace
+from pyro.infer.util import is_validation_enabled
+from torch import Tensor, nn
+
+from vadd_pyro.densities import PARTICLES, RowTerms, check_pair, score
+from vadd_pyro.process import MaskedBatch, MaskingProcess
+from vadd_pyro.programs import Program, check_store, register_parameters
+from vadd_pyro.recorder import Recorder, run
+from vadd_pyro.times import GridTimes, TimeDistribution, UniformTimes
+
+__all__ = ["LinearAnnealing", "LossTerms", "MaskedDiffusionELBO"]
+
+StepProgram = Callable[..., Any]
+
+
+class LinearAnnealing:
+    """KL weight that rises linearly from ``start`` to ``end`` over ``num_iterations``, then stays.
+
+    Args:
+        num_iterations: length of the ramp, in training iterations.
+        start, end: weight at the beginning and from the end of the ramp on.
+    """
+
+    def __init__(self, num_iterations: int, start: float = 0.0, end: float = 1.0) -> None:
+        if num_iterations < 1:
+            raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
+        self.num_iterations = num_iterations
+        self.start = start
+        self.end = end
+
+    def __call__(self, iteration: int) -> float:
+        return self.start + (self.end - self.start) * min(1.0, iteration / self.num_iterations)
+
+    def __repr__(self) -> str:
+        return f"LinearAnnealing({self.num_iterations}, start={self.start:g}, end={self.end:g})"
+
+
+class LossTerms(NamedTuple):
+    """Loss of one batch and its parts.
+
+    Args:
+        loss: differentiable scalar, summed over rows and row weights, nats.
+        reconstruction: the part without latents, detached; ``loss = reconstruction + lambda * kl``.
+        kl: the weighted KL, detached, before ``lambda``.
+    """
+
+    loss: Tensor
+    reconstruction: Tensor
+    kl: Tensor
+
+
+class MaskedDiffusionELBO(ELBO):
+    """Negative ELBO of a step program and its guide, summed over rows, in nats.
+
+    Use it under ``pyro.infer.SVI`` or, as a differentiable loss, ``elbo(model, guide)(x_0)``. Both take clean tokens ``(B, D)``
+    and draw the masks; given a :class:`MaskedBatch` instead they score it as it is. Further arguments go to the programs.
+
+    Args:
+        process: the forward process.
+        objective: ``"delbo"`` (a) or ``"chain"`` (b), see the module's text.
+        num_steps: ``T`` of the chain objective.
+        time_grid: a grid of your own for it, ``(T + 1,)`` from 0 to 1.
+        times: distribution of the times; by default uniform for (a), the steps of the grid for (b).
+        kl_weight: ``lambda``, a number, or a function of the training iteration such as :class:`LinearAnnealing`. The iteration
+            is counted in ``iteration``: one more for each differentiated loss.
+        num_particles: latent draws per row.
+        importance_weighted: average particles inside the logarithm, per row (Burda et al. 2016).
+        vectorize_particles: lay particles out along a plate of their own; False loops, for programs that do not broadcast.
+        closed_form_kl: use closed-form KL divergences where that is exact: one particle, and a guide that draws its sites in
+            the model's order.
+        max_plate_nesting: how many batch dimensions the programs' plates use; 1 is the data plate alone.
+
+    Raises:
+        ValueError: for contradictory arguments, naming them.
+    """
+
+    def __init__(
+        self,
+        process: MaskingProcess,
+        objective: str = "delbo",
+        *,
+        num_steps: int | None = None,
+        time_grid: Tensor | None = None,
+        times: TimeDistribution | None = None,
+        kl_weight: float | Callable[[int], float] = 1.0,
+        num_particles: int = 1,
+        importance_weighted: bool = False,
+        vectorize_particles: bool = True,
+        closed_form_kl: bool = True,
+        max_plate_nesting: int = 1,
+    ) -> None:
+        super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
+        if objective not in ("delbo", "chain"):
+            raise ValueError(f"objective must be 'delbo' or 'chain', got {objective!r}")
+        if num_particles < 1:
+            raise ValueError(f"num_particles must be at least 1, got {num_particles}")
+        if max_plate_nesting < 1:
+            raise ValueError(f"max_plate_nesting must be at least 1, got {max_plate_nesting}")
+        gridded = num_steps is not None or time_grid is not None
+        if times is not None and gridded:
+            raise ValueError("times and num_steps or time_grid say the same thing twice: give one")
+        if objective == "delbo" and gridded:
+            raise ValueError(
+                "num_steps and time_grid belong to objective='chain'; for a DELBO on a grid pass times=GridTimes(...)"
+            )
+        if times is None:
+            times = UniformTimes() if objective == "delbo" else GridTimes(num_steps, time_grid)
+        if not callable(kl_weight) and not kl_weight >= 0:
+            raise ValueError(f"kl_weight must be a number >= 0 or a function, got {kl_weight!r}")
+        self.process = process
+        self.objective = objective
+        self.times = times
+        self.kl_weight = kl_weight
+        self.importance_weighted = importance_weighted
+        self.vectorize_particles = vectorize_particles
+        self.closed_form_kl = closed_form_kl
+        self.row_plates = max_plate_nesting
+        self.iteration = 0
+        self._checked: tuple[Any, Any] | None = None
+
+    # ------------------------------------------------------------------ pieces
+
+    def current_kl_weight(self) -> float:
+        """``lambda`` at the present iteration."""
+        return float(self.kl_weight(self.iteration) if callable(self.kl_weight) else self.kl_weight)
+
+    def draw(self, x_0: Tensor, *, check: bool | None = None) -> MaskedBatch:
+        """Draw times and masks for clean rows, with the row weights of the objective.
+
+        Args:
+            x_0: clean tokens, ``(B, D)``.
+            check: look at the token values too; by default as Pyro's validation is set.
+        """
+        x_0 = self.process.check_tokens(
+            x_0, values=is_validation_enabled() if check is None else check
+        )
+        t, weight, s, at_least_one = self.times.draw(self.process, len(x_0), x_0.device)
+        if self.objective == "chain":
+            if s is None:
+                raise ValueError(
+                    f"objective='chain' scores the steps of a grid, but times is {self.times}: use GridTimes"
+                )
+            return self.process.corrupt(x_0, t, s, weight=weight)
+        if s is not None:
+            weight = weight * self.process.schedule.rho(s, t)
+        return self.process.corrupt(x_0, t, weight=weight, at_least_one=at_least_one)
+
+    def score(
+        self, model: StepProgram, guide: StepProgram, batch: MaskedBatch, *args: Any, **kwargs: Any
+    ) -> RowTerms:
+        """Per-row terms of a batch as it is, before row weights: see :class:`~vadd_pyro.densities.RowTerms`."""
+        if batch.x_0 is None:
+            raise ValueError("batch.x_0 is None: a batch without data can be generated, not scored")
+        vectorized = self.num_particles > 1 and self.vectorize_particles
+        num_runs = 1 if vectorized else self.num_particles
+        runs = [self._run(model, guide, batch, vectorized, args, kwargs) for _ in range(num_runs)]
+        active = batch.target.any(-1)
+        options: dict[str, Any] = dict(
+            active=active,
+            weight=batch.weight,
+            row_plates=self.row_plates,
+            num_particles=self.num_particles,
+            kl_weight=self.current_kl_weight(),
+            closed_form_kl=self.closed_form_kl,
+        )
+        if len(runs) == 1:
+            return score(
+                *runs[0],
+                vectorized=vectorized,
+                importance_weighted=self.importance_weighted,
+                **options,
+            )
+        if self.importance_weighted:
+            raise ValueError(
+                "importance_weighted needs vectorize_particles=True: particles of a row meet inside a logarithm"
+            )
+        terms = [score(*pair, **options) for pair in runs]
+        surrogates = [term.surrogate for term in terms if term.surrogate is not None]
+        return RowTerms(
+            torch.stack([term.rows for term in terms]).mean(0),
+            torch.stack([term.kl for term in terms]).mean(0),
+            torch.stack([term.shared for term in terms]).mean(),
+            torch.stack(surrogates).mean() if surrogates else None,
+        )
+
+    def _run(
+        self,
+        model: StepProgram,
+        guide: StepProgram,
+        batch: MaskedBatch,
+        vectorized: bool,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+    ) -> tuple[Recorder, Recorder]:
+        first_dim = -1 - self.row_plates - int(vectorized)
+
+        def particles() -> Any:
+            if not vectorized:
+                return None
+            return pyro.plate(PARTICLES, self.num_particles, dim=-1 - self.row_plates)
+
+        inferred = run(
+            guide,
+            Recorder(enumerate_sites=_asks_for_enumeration, first_dim=first_dim),
+            batch,
+            *args,
+            inside=particles(),
+            **kwargs,
+        )
+        replay = inferred.latent_values()
+        generated = run(
+            model,
+            Recorder(replay, lambda msg: True, first_dim=inferred.next_dim),
+            batch,
+            *args,
+            inside=particles(),
+            **kwargs,
+        )
+        check_pair(inferred, generated)
+        return inferred, generated
+
+    def terms(
+        self, model: StepProgram, guide: StepProgram, x_0: Tensor | MaskedBatch, *args: Any, **kwargs: Any
+    ) -> LossTerms:
+        """Loss of a batch with its parts, all summed over rows: see :class:`LossTerms`."""
+        batch = x_0 if isinstance(x_0, MaskedBatch) else self.draw(x_0)
+        row = self.score(model, guide, batch, *args, **kwargs)
+        elbo, kl = row.rows, row.kl
+        if batch.weight is not None:
+            elbo, kl = elbo * batch.weight, kl * batch.weight
+        loss = -(elbo.sum() + row.shared)
+        total_kl = kl.sum()
+        reconstruction = loss.detach() - self.current_kl_weight() * total_kl
+        if row.surrogate is not None:
+            loss = loss - row.surrogate
+        return LossTerms(loss, reconstruction, total_kl)
+
+    # ------------------------------------------------------------ Pyro's names
+
+    def loss(self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, without gradients; what ``SVI.evaluate_loss`` calls."""
+        with torch.no_grad():
+            return float(self.terms(model, guide, *args, **kwargs).loss)
+
+    def differentiable_loss(self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any) -> Tensor:
+        """The loss as a differentiable scalar, summed over rows; what ``elbo(model, guide)(x_0)`` returns."""
+        loss = self.terms(model, guide, *args, **kwargs).loss
+        if loss.requires_grad:
+            self.iteration += 1
+        return loss
+
+    def loss_and_grads(self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any) -> float:
+        """The loss as a number, its gradient left in the parameters; what ``SVI.step`` calls."""
+        if self._checked is None or self._checked[0] is not model or self._checked[1] is not guide:
+            check_store(model, guide)
+            self._checked = (model, guide)
+        if not pyro.settings.get("module_local_params"):
+            for program in (model, guide):
+                if isinstance(program, nn.Module) and not isinstance(program, Program):
+                    register_parameters(program)
+        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        if loss.requires_grad:
+            loss.backward(retain_graph=self.retain_graph)
+        return float(loss.detach())
+
+    def _get_trace(self, model: StepProgram, guide: StepProgram, args: Any, kwargs: Any) -> Any:
+        """A pair of ordinary Pyro traces, as ``pyro.infer.ELBO`` asks of its subclasses."""
+        return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+
+
+def _asks_for_enumeration(msg: dict[str, Any]) -> bool:
+    return bool(msg["infer"]) and msg["infer"].get("enumerate") is not None

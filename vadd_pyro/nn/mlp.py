@@ -1,0 +1,192 @@
+r"""Multilayer perceptrons over a row of embedded tokens: decoder, recognition network and prior network.
+
+The first layer is affine in (tokens, latent, time), so each input has a matrix of its own and their results are added. A latent
+laid out along dimensions of its own, say the ``(C, 1, d)`` embeddings of all codes, then meets rows ``(B, D)`` by broadcasting,
+and what depends on the rows alone is computed once.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import softplus
+
+from vadd_pyro.process import MaskedBatch, MaskingProcess
+
+__all__ = ["MLPDecoder", "MLPEncoder", "StateEncoder"]
+
+_UNIT_SCALE = math.log(math.e - 1)  # softplus of this is one
+_LEAST_SCALE = 1e-4
+
+
+def _check_sizes(**sizes: int) -> None:
+    for name, value in sizes.items():
+        least = 0 if name == "latent_dim" else 1
+        if isinstance(value, bool) or not isinstance(value, int) or value < least:
+            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+
+
+class _Hidden(nn.Module):
+    """Hidden layers after the first affine map: ``num_layers - 1`` times (activation, linear), and a last activation."""
+
+    def __init__(self, hidden_dim: int, num_layers: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for _ in range(num_layers - 1):
+            layers += [nn.SiLU(), nn.Linear(hidden_dim, hidden_dim)]
+        self.layers = nn.Sequential(*layers, nn.SiLU())
+
+    def forward(self, h: Tensor) -> Tensor:
+        return self.layers(h)
+
+
+def _normal_parameters(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """``(z_loc, z_scale)`` from ``(..., 2 d)``; a zero gives mean zero and scale one."""
+    z_loc, z_raw = raw.chunk(2, -1)
+    return z_loc, softplus(z_raw + _UNIT_SCALE) + _LEAST_SCALE
+
+
+class MLPDecoder(nn.Module):
+    r"""Decoder ``mu(x_t, z, t)``: logits of the clean token at every position.
+
+    Args:
+        process: gives vocabulary size ``K`` and length ``D``.
+        latent_dim: size ``d`` of the latent; 0 for a model without one.
+        hidden_dim: width.
+        num_layers: number of hidden layers.
+        embedding_dim: size of a token's embedding.
+        time_conditioning: feed ``t`` to the network. Off by default: given ``x_t``, the clean tokens do not depend on ``t``
+            (Sahoo et al. 2024, section 3.5), and the number of masks tells the rest.
+
+    Shapes:
+        ``x_t (B, D)``, ``z (..., B, d)`` or anything that broadcasts with it such as ``(C, 1, d)``, ``t (B,)``;
+        returns ``(..., B, D, K)``.
+    """
+
+    def __init__(
+        self,
+        process: MaskingProcess,
+        latent_dim: int = 0,
+        *,
+        hidden_dim: int = 256,
+        num_layers: int = 3,
+        embedding_dim: int = 32,
+        time_conditioning: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(
+            latent_dim=latent_dim,
+            hidden_dim=hidden_dim,
+            num_layers=num_layers,
+            embedding_dim=embedding_dim,
+        )
+        self.latent_dim = latent_dim
+        self.length = process.length
+        self.vocab_size = process.vocab_size
+        self.embedding = nn.Embedding(process.vocab_size + 1, embedding_dim)
+        self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
+        self.latent = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim else None
+        self.time = nn.Linear(1, hidden_dim, bias=False) if time_conditioning else None
+        self.hidden = _Hidden(hidden_dim, num_layers)
+        self.head = nn.Linear(hidden_dim, process.length * process.vocab_size)
+
+    def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        h = self.tokens(self.embedding(x_t).flatten(-2))
+        if self.time is not None:
+            h = h + self.time(t.unsqueeze(-1))
+        if self.latent is not None:
+            if z is None or z.shape[-1] != self.latent_dim:
+                raise ValueError(
+                    f"z must have latent_dim = {self.latent_dim} as its last dimension, got "
+                    f"{None if z is None else tuple(z.shape)}"
+                )
+            h = h + self.latent(z)
+        return self.head(self.hidden(h)).unflatten(-1, (self.length, self.vocab_size))
+
+
+class MLPEncoder(nn.Module):
+    r"""Recognition network: ``(z_loc, z_scale)`` from ``x_0`` and which positions are visible, masked and targeted.
+
+    It must see the mask, or it cannot tell what the latent is needed for, and collapses.
+
+    Args:
+        process: gives vocabulary size and length.
+        latent_dim: size ``d`` of the latent.
+        hidden_dim, num_layers, embedding_dim: as in :class:`MLPDecoder`.
+        time_conditioning: feed ``t`` too.
+
+    Shapes:
+        a :class:`MaskedBatch` of ``B`` rows gives two tensors ``(B, d)``.
+    """
+
+    def __init__(
+        self,
+        process: MaskingProcess,
+        latent_dim: int,
+        *,
+        hidden_dim: int = 256,
+        num_layers: int = 3,
+        embedding_dim: int = 32,
+        time_conditioning: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        self.latent_dim = latent_dim
+        self.embedding = nn.Embedding(process.vocab_size, embedding_dim)
+        self.status = nn.Embedding(3, embedding_dim)  # visible, masked, masked and targeted
+        self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
+        self.time = nn.Linear(1, hidden_dim, bias=False) if time_conditioning else None
+        self.hidden = _Hidden(hidden_dim, num_layers)
+        self.head = nn.Linear(hidden_dim, 2 * latent_dim)
+
+    def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        if batch.x_0 is None:
+            raise ValueError("batch.x_0 is None: a recognition network needs the clean tokens")
+        status = batch.masked.long() + batch.target.long()
+        h = self.tokens((self.embedding(batch.x_0) + self.status(status)).flatten(-2))
+        if self.time is not None:
+            h = h + self.time(batch.t.unsqueeze(-1))
+        return _normal_parameters(self.head(self.hidden(h)))
+
+
+class StateEncoder(nn.Module):
+    r"""Prior network: ``(z_loc, z_scale)`` of ``p(z | x_t, t)``, standard normal before training.
+
+    Args:
+        process: gives vocabulary size and length.
+        latent_dim: size ``d`` of the latent.
+        hidden_dim, num_layers, embedding_dim: as in :class:`MLPDecoder`.
+
+    Shapes:
+        a :class:`MaskedBatch` of ``B`` rows gives two tensors ``(B, d)``; only ``x_t`` and ``t`` are read.
+    """
+
+    def __init__(
+        self,
+        process: MaskingProcess,
+        latent_dim: int,
+        *,
+        hidden_dim: int = 256,
+        num_layers: int = 2,
+        embedding_dim: int = 32,
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
+        if latent_dim < 1:
+            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
+        self.latent_dim = latent_dim
+        self.embedding = nn.Embedding(process.vocab_size + 1, embedding_dim)
+        self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
+        self.time = nn.Linear(1, hidden_dim, bias=False)
+        self.hidden = _Hidden(hidden_dim, num_layers)
+        self.head = nn.Linear(hidden_dim, 2 * latent_dim)
+        nn.init.zeros_(self.head.weight)
+        nn.init.zeros_(self.head.bias)
+
+    def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        h = self.tokens(self.embedding(batch.x_t).flatten(-2)) + self.time(batch.t.unsqueeze(-1))
+        return _normal_parameters(self.head(self.hidden(h)))

@@ -1,0 +1,236 @@
+r"""Ancestral sampling from a step program.
+
+One reverse step draws ``x_0' ~ p(x_0 | x_t)`` from the program and keeps each masked token with probability ``rho(s, t)``, since
+:math:`p(x_s \mid x_t) = \sum_{x_0'} p(x_0' \mid x_t)\, q(x_s \mid x_t, x_0')`. Which tokens a step reveals does not depend on their
+values, so the reveal step of every token is drawn beforehand, and each row is carried from one step that reveals something in it to
+the next: a row takes at most ``min(T, D)`` network calls, and steps that reveal nothing cost none. The law is the same.
+
+With ``latent="fresh"`` every step draws its latent from the prior, as the model defines. ``latent="shared"`` draws it once, at the first
+step, and keeps it: another distribution, whose single samples may look better while their distribution is worse. Judge it by a
+distance between distributions, never by accuracy alone.
+
+References:
+    Xie et al. 2025 (arXiv 2505.17384), section 3.4; SPEC section 2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vadd_pyro.densities import plate_dims
+from vadd_pyro.distributions import draw_categorical, token_logits
+from vadd_pyro.process import MaskedBatch, MaskingProcess, make_time_grid
+from vadd_pyro.programs import evaluation
+from vadd_pyro.recorder import Recorder, Site
+
+__all__ = ["sample", "seeded"]
+
+
+@contextmanager
+def seeded(seed: int | None) -> Iterator[None]:
+    """Run with a seed of one's own and leave torch's random state as it was; None changes nothing."""
+    if seed is None:
+        yield
+        return
+    devices = list(range(torch.cuda.device_count())) if torch.cuda.is_initialized() else []
+    with torch.random.fork_rng(devices=devices):
+        torch.manual_seed(seed)
+        yield
+
+
+def device_of(program: Any, default: torch.device | None = None) -> torch.device:
+    """The device of a program's first parameter or buffer, else the default device of torch."""
+    if isinstance(program, torch.nn.Module):
+        for tensor in (*program.parameters(), *program.buffers()):
+            return tensor.device
+    return torch.empty(0).device if default is None else default
+
+
+class _Generator(Recorder):
+    """Runs a program forward and draws its tokens only where they are wanted."""
+
+    def __init__(self, wanted: Tensor, replay: dict[str, Tensor] | None = None) -> None:
+        super().__init__(replay)
+        self.wanted = wanted
+        self.tokens: Tensor | None = None
+
+    def _process_message(self, msg: Any) -> None:
+        if msg["type"] == "sample" and msg["name"] == "x_0":
+            if msg["value"] is None and not msg["done"]:
+                logits = token_logits(msg["fn"])
+                value = torch.zeros(
+                    self.wanted.shape, dtype=torch.long, device=self.wanted.device
+                )
+                wanted = self.wanted
+                value[wanted] = draw_categorical(logits.expand(wanted.shape + logits.shape[-1:])[wanted])
+                msg["value"] = value
+                msg["done"] = True
+            self.tokens = msg["value"]
+        else:
+            super()._process_message(msg)
+
+
+def _generate(
+    model: Callable[..., Any],
+    batch: MaskedBatch,
+    wanted: Tensor,
+    replay: dict[str, Tensor] | None,
+    args: tuple[Any, ...],
+) -> tuple[Tensor, dict[str, Site]]:
+    with _Generator(wanted, replay) as generator:
+        model(batch, *args)
+    if generator.tokens is None:
+        raise ValueError(
+            f"the model has no site 'x_0' to generate tokens with; it has {sorted(generator.sites)}"
+        )
+    latents = {n: s for n, s in generator.sites.items() if n != "x_0" and not s.observed}
+    return generator.tokens, latents
+
+
+def start_state(
+    process: MaskingProcess,
+    x_start: Tensor,
+    t_start: Tensor | float | None,
+    grid: Tensor,
+    device: torch.device,
+) -> tuple[Tensor, Tensor]:
+    """Where infilling begins: the rows, and each row's grid ``(B, T + 1)`` in double precision, the unit grid times its ``t_start``."""
+    x_start = torch.as_tensor(x_start)
+    if x_start.dim() == 1:
+        x_start = x_start.unsqueeze(0)
+    x = process.check_tokens(x_start, "x_start", masks=True).to(device)
+    if t_start is None:
+        observed = (x != process.mask_id).double().mean(-1)
+        times = process.schedule.inverse(observed)
+    else:
+        times = process.check_times(t_start, len(x), "t_start", device).double()
+        if not ((times > 0) & (times <= 1)).all():
+            raise ValueError(f"t_start must lie in (0, 1], got {t_start}")
+    return x, grid.to(device) * times.unsqueeze(-1)
+
+
+def sample(
+    model: Callable[..., Any],
+    process: MaskingProcess,
+    num_samples: int = 1,
+    num_steps: int | None = None,
+    *,
+    latent: str = "fresh",
+    time_grid: Tensor | None = None,
+    x_start: Tensor | None = None,
+    t_start: Tensor | float | None = None,
+    seed: int | None = None,
+    batch_size: int = 16384,
+    device: torch.device | str | None = None,
+    args: tuple[Any, ...] = (),
+) -> Tensor:
+    """Draw rows of tokens with a T-step sampler.
+
+    Args:
+        model: a step program.
+        process: its forward process.
+        num_samples: how many rows; with ``x_start``, how many completions of each of its rows.
+        num_steps: ``T``, steps of equal length.
+        latent: ``"fresh"`` or ``"shared"``, see the module's text.
+        time_grid: a grid of your own, ``(T + 1,)`` from 0 to 1.
+        x_start: partly observed rows to complete, ``(N, D)`` or ``(D,)``, the mask id at open positions. The law of completions is the
+            model's denoising conditional from ``t_start``; it is the conditional of the sampler's own joint law only if the
+            learned conditionals agree with each other.
+        t_start: time at which ``x_start`` enters the chain, a number or ``(N,)``; by default where ``alpha(t_start)`` is a row's
+            observed share. The grid is shrunk to ``[0, t_start]``.
+        seed: seed of this call; None draws on torch's global state.
+        batch_size: rows per network call.
+        device: where to compute; by default the model's.
+        args: further arguments of the program.
+
+    Returns:
+        ``(num_samples, D)`` long, or ``(N * num_samples, D)``, completions of a row one after another.
+
+    Raises:
+        ValueError: for ``num_steps < 1``, an unknown ``latent``, bad tokens in ``x_start``, or a model without site ``"x_0"``.
+    """
+    if latent not in ("fresh", "shared"):
+        raise ValueError(f"latent must be 'fresh' or 'shared', got {latent!r}")
+    for name, count in (("num_samples", num_samples), ("batch_size", batch_size)):
+        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
+            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+    grid = make_time_grid(num_steps, time_grid)
+    where = device_of(model) if device is None else torch.device(device)
+    if x_start is None:
+        if t_start is not None:
+            raise ValueError("t_start is the time of x_start, which is missing")
+        x = torch.full((num_samples, process.length), process.mask_id, device=where)
+        grids = grid.to(where).unsqueeze(0)
+    else:
+        x, grids = start_state(process, x_start, t_start, grid, where)
+        x = x.repeat_interleave(num_samples, 0)
+        grids = grids.repeat_interleave(num_samples, 0)
+    pieces, shared_values = [], dict[str, Tensor]()
+    with seeded(seed), evaluation(model):
+        for start in range(0, len(x), batch_size):
+            rows = slice(start, start + batch_size)
+            piece_grid = grids if len(grids) == 1 else grids[rows]
+            pieces.append(
+                _sample_rows(model, process, x[rows], piece_grid, latent, shared_values, args)
+            )
+    return torch.cat(pieces)
+
+
+def _sample_rows(
+    model: Callable[..., Any],
+    process: MaskingProcess,
+    x: Tensor,
+    grids: Tensor,
+    latent: str,
+    global_values: dict[str, Tensor],
+    args: tuple[Any, ...],
+) -> Tensor:
+    """One chunk of rows. Latents outside the data plate are drawn once for all and kept in ``global_values``."""
+    x = x.clone()
+    masked = x == process.mask_id
+    edges = grids if len(grids) > 1 else grids[0]
+    step = process.reveal_steps(tuple(x.shape), edges, x.device).masked_fill(~masked, 0)
+    times = grids.to(torch.get_default_dtype()).expand(len(x), -1)
+    row_values: dict[str, Tensor] = {}
+
+    def run(rows: Tensor, t: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
+        replay = {**global_values, **{n: v[rows] for n, v in row_values.items()}}
+        batch = MaskedBatch(x[rows], t, masked[rows], target)
+        tokens, latents = _generate(model, batch, target, replay, args)
+        drawn = {}
+        for name, site in latents.items():
+            if _is_row(site, len(batch), latents):
+                drawn[name] = site.value
+            else:
+                global_values.setdefault(name, site.value)
+        return tokens, drawn
+
+    if latent == "shared" and masked.any():
+        # Drawn where the chain starts, even if the first step reveals nothing.
+        everything = torch.arange(len(x), device=x.device)
+        row_values.update(run(everything, times[:, -1], torch.zeros_like(masked))[1])
+    while True:
+        current = step.amax(-1)
+        rows = current.nonzero().squeeze(-1)
+        if len(rows) == 0:
+            return x
+        now = current[rows]
+        target = step[rows] == now.unsqueeze(-1)
+        t = times[rows, now]
+        tokens, _ = run(rows, t, target)
+        x[rows] = torch.where(target, tokens, x[rows])
+        masked[rows] &= ~target
+        step[rows] = step[rows].masked_fill(target, 0)
+
+
+def _is_row(site: Site, num_rows: int, sites: dict[str, Site]) -> bool:
+    """Whether a site's value has one entry per row: it stands in the data plate, or no site does and its shape says so."""
+    if any(-1 in plate_dims(other) for other in sites.values()):
+        return -1 in plate_dims(site)
+    shape = site.fn.batch_shape
+    return len(shape) > 0 and shape[-1] == num_rows
