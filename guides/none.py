@@ -1,4 +1,7 @@
-"""The guide of a model that has nothing to infer: no latent, or only discrete ones that are summed out."""
+"""The guide of a model that has nothing to infer.
+
+No latent, or only discrete ones that are summed out.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +14,10 @@ __all__ = ["NoLatent"]
 
 
 class NoLatent(Program):
-    """No sites and no parameters. For :class:`vadd_pyro.models.MDM` and :class:`vadd_pyro.models.Categorical`."""
+    """No sites and no parameters.
+
+    For :class:`vadd_pyro.models.MDM` and :class:`vadd_pyro.models.Categorical`.
+    """
 
     def forward(self, batch: MaskedBatch, *args: Any, **kwargs: Any) -> None:
         return None

@@ -1,4 +1,5 @@
-r"""Mean-field normal guide: :math:`r(z \mid x_0, x_t) = N(m, s^2)` with mean and scale from a recognition network.
+r"""Mean-field normal guide: :math:`r(z \mid x_0, x_t) = N(m, s^2)` with mean and scale from a
+recognition network.
 
 References:
     Kingma and Welling 2014 (arXiv 1312.6114); Xie et al. 2025 (arXiv 2505.17384), section 3.
@@ -22,8 +23,9 @@ class AmortizedNormal(Program):
     """Samples ``"z"`` from a diagonal normal.
 
     Args:
-        encoder: ``encoder(batch) -> (z_loc, z_scale)``, each ``(B, d)``, such as :class:`vadd_pyro.nn.MLPEncoder`. It may look
-            at everything in the batch, and should see ``masked`` and ``target``.
+        encoder: ``encoder(batch) -> (z_loc, z_scale)``, each ``(B, d)``, such as
+            :class:`vadd_pyro.nn.MLPEncoder`. It may look at everything in the batch, and should
+            see ``masked`` and ``target``.
     """
 
     def __init__(self, encoder: Callable[[MaskedBatch], tuple[Tensor, Tensor]]) -> None:

@@ -1,10 +1,12 @@
 r"""VADD and the masked diffusion model: step programs with and without a latent.
 
 .. math::
-    p(x_s \mid x_t) = \int p(z \mid x_t, t) \prod_{i\ \text{masked}} \big[ \rho\, \mu_i(x_t, z, t) + (1 - \rho)\, \text{mask} \big] dz .
+    p(x_s \mid x_t) = \int p(z \mid x_t, t) \prod_{i\ \text{masked}} \big[ \rho\, \mu_i(x_t, z, t)
+    + (1 - \rho)\, \text{mask} \big] dz .
 
 References:
-    Xie et al. 2025 (arXiv 2505.17384); Sahoo et al. 2024 (arXiv 2406.07524) for the model without latent.
+    Xie et al. 2025 (arXiv 2505.17384); Sahoo et al. 2024 (arXiv 2406.07524) for the model without
+    latent.
 """
 
 from __future__ import annotations
@@ -26,16 +28,19 @@ class VADD(Program):
     """One reverse step with a latent, as a Pyro program over a :class:`~vadd_pyro.MaskedBatch`.
 
     Args:
-        decoder: ``decoder(x_t, z, t) -> logits (..., B, D, K)``, of the clean tokens only; see :class:`vadd_pyro.nn.MLPDecoder`.
-        prior: ``prior(batch)``, run inside the data plate. It returns a distribution, from which ``"z"`` is drawn, or it is a
-            Pyro program of its own, with sites of its own, that returns the decoder's ``z``. It may read ``batch.x_t`` and
-            ``batch.t``, never ``x_0`` or ``target``.
+        decoder: ``decoder(x_t, z, t) -> logits (..., B, D, K)``, of the clean tokens only; see
+            :class:`vadd_pyro.nn.MLPDecoder`.
+        prior: ``prior(batch)``, run inside the data plate. It returns a distribution, from which
+            ``"z"`` is drawn, or it is a Pyro program of its own, with sites of its own, that
+            returns the decoder's ``z``. It may read ``batch.x_t`` and ``batch.t``, never ``x_0``
+            or ``target``.
 
-    Sites: ``"z"`` (or the prior's own) and ``"x_0"``, ``(B, D)``, scored at ``batch.target``, observed as ``batch.x_0``.
+    Sites: ``"z"`` (or the prior's own) and ``"x_0"``, ``(B, D)``, scored at ``batch.target``,
+    observed as ``batch.x_0``.
 
     Returns:
-        The tokens at every position, ``(B, D)`` long: ``batch.x_0`` or a draw. A draw rewrites visible positions too;
-        :func:`vadd_pyro.sample` keeps those.
+        The tokens at every position, ``(B, D)`` long: ``batch.x_0`` or a draw. A draw rewrites
+        visible positions too; :func:`vadd_pyro.sample` keeps those.
     """
 
     def __init__(
@@ -58,7 +63,8 @@ class VADD(Program):
 
 
 class MDM(Program):
-    """The masked diffusion model: no latent, so tokens revealed together are independent. The baseline everywhere.
+    """The masked diffusion model: no latent, so tokens revealed together are independent. The
+    baseline everywhere.
 
     Args:
         decoder: ``decoder(x_t, None, t) -> logits (B, D, K)``.

@@ -1,5 +1,71 @@
-from vadd_pyro.schedules import *
-from vadd_pyro.process import *
-from vadd_pyro.times import *
-from vadd_pyro.elbo import *
-from vadd_pyro.distributions import *
+"""Latent-variable discrete diffusion as probabilistic programs in Pyro.
+
+A *step program* is an ordinary Pyro model over a :class:`MaskedBatch`; training, likelihoods,
+sampling, infilling and exact laws all run the same pair of model and guide. See the README for a
+start, and :mod:`vadd_pyro.elbo` for the mathematics.
+"""
+
+from vadd_pyro._version import __version__
+from vadd_pyro.chain import Chain, unroll
+from vadd_pyro.distributions import DiagonalNormal, TokenCategorical
+from vadd_pyro.elbo import LinearAnnealing, MaskedDiffusionELBO
+from vadd_pyro.exact import exact_bound, exact_distribution
+from vadd_pyro.likelihood import Bound, log_likelihood_bound
+from vadd_pyro.process import MaskedBatch, MaskingProcess
+from vadd_pyro.programs import Program
+from vadd_pyro.sampling import sample
+from vadd_pyro.schedules import (
+    CosineSchedule,
+    FunctionSchedule,
+    LinearSchedule,
+    PolynomialSchedule,
+    Schedule,
+)
+from vadd_pyro.times import (
+    AtomTimes,
+    BalancedTimes,
+    GridTimes,
+    TimeDistribution,
+    UniformTimes,
+)
+from vadd_pyro.training import History, NonFiniteLossError, fit, fit_guide
+
+from vadd_pyro import data, guides, metrics, models, nn  # isort: skip
+
+
+__all__ = [
+    "AtomTimes",
+    "BalancedTimes",
+    "Bound",
+    "Chain",
+    "CosineSchedule",
+    "DiagonalNormal",
+    "FunctionSchedule",
+    "GridTimes",
+    "History",
+    "LinearAnnealing",
+    "LinearSchedule",
+    "MaskedBatch",
+    "MaskedDiffusionELBO",
+    "MaskingProcess",
+    "NonFiniteLossError",
+    "PolynomialSchedule",
+    "Program",
+    "Schedule",
+    "TimeDistribution",
+    "TokenCategorical",
+    "UniformTimes",
+    "__version__",
+    "data",
+    "exact_bound",
+    "exact_distribution",
+    "fit",
+    "fit_guide",
+    "guides",
+    "log_likelihood_bound",
+    "metrics",
+    "models",
+    "nn",
+    "sample",
+    "unroll",
+]

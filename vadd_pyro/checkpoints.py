@@ -1,4 +1,7 @@
-"""Checkpoints: one file of tensors and plain values, written whole or not at all, read without running any code."""
+"""Checkpoints.
+
+One file of tensors and plain values, written whole or not at all, read without running any code.
+"""
 
 from __future__ import annotations
 
@@ -10,13 +13,14 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["load_checkpoint", "restore_random_state", "random_state", "save_checkpoint"]
+__all__ = ["load_checkpoint", "random_state", "restore_random_state", "save_checkpoint"]
 
 FORMAT = 1
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint beside its place and rename it, so that a half-written file never replaces a good one.
+    """Write a checkpoint beside its place and rename it, so that a half-written file never
+    replaces a good one.
 
     Args:
         path: file to write; its folder is made if need be.
@@ -47,7 +51,9 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
         raise FileNotFoundError(f"no checkpoint at {path}")
     try:
         content = torch.load(path, map_location=map_location, weights_only=True)
-    except Exception as error:  # torch raises many kinds for a damaged file; all mean the same to the caller
+    except (
+        Exception
+    ) as error:  # torch raises many kinds for a damaged file; all mean the same to the caller
         raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or "vadd_pyro" not in content:
         raise ValueError(f"{path} is no checkpoint of vadd_pyro")
@@ -59,12 +65,20 @@ def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, An
 
 
 def random_state() -> dict[str, Any]:
-    """State of all random number generators that a program may draw on, as tensors and plain values."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()
+    """State of all random number generators that a program may draw on, as tensors and plain
+    values.
+    """
+    kind, keys, position, has_gauss, cached = np.random.get_state(legacy=True)
     version, internal, gauss = random.getstate()
     state: dict[str, Any] = {
         "torch": torch.get_rng_state(),
-        "numpy": [kind, torch.from_numpy(keys.astype(np.int64)), position, has_gauss, cached],
+        "numpy": [
+            kind,
+            torch.from_numpy(np.asarray(keys, dtype=np.int64)),
+            position,
+            has_gauss,
+            cached,
+        ],
         "python": [version, list(internal), gauss],
     }
     if torch.cuda.is_initialized():

@@ -5,14 +5,17 @@ Given what guide and model did on one masked batch, this gives for each row ``b`
 .. math::
     \text{term}_b = \log p(x_0 \mid z) - \lambda \left[ \log r(z) - \log p(z) \right],
 
-with the KL in closed form where that is known and allowed, small discrete sites of the model summed out exactly,
+with the KL in closed form where that is known and allowed, small discrete sites of the model
+summed out exactly,
 
 .. math::
-    \text{term}_b = \log \sum_c p(x_0, z, c) - \log \sum_c p(z, c) + \lambda \Big[ \log \sum_c p(z, c) - \log r(z) \Big],
+    \text{term}_b = \log \sum_c p(x_0, z, c) - \log \sum_c p(z, c) + \lambda \Big[ \log \sum_c p(z,
+    c) - \log r(z) \Big],
 
-enumerated sites of the guide averaged exactly, and particles averaged inside the logarithm (importance-weighted, Burda et al.
-2016) or outside. Factors from ``poutine.scale`` and subsampled plates stand outside any logarithm. Sites outside the data plate
-belong to no row and come back as one number.
+enumerated sites of the guide averaged exactly, and particles averaged inside the logarithm
+(importance-weighted, Burda et al. 2016) or outside. Factors from ``poutine.scale`` and subsampled
+plates stand outside any logarithm. Sites outside the data plate belong to no row and come back as
+one number.
 """
 
 from __future__ import annotations
@@ -39,11 +42,13 @@ class RowTerms(NamedTuple):
     """What a pair of programs scores on a batch, in nats.
 
     Args:
-        rows: the objective of each row, ``(B,)``, zero for rows without a target; no row weight applied.
-        kl: its latent part ``log r(z) - log p(z)`` (or the closed form), ``(B,)``, unweighted by ``lambda``; detached.
+        rows: the objective of each row, ``(B,)``, zero for rows without a target; no row weight
+            applied.
+        kl: its latent part ``log r(z) - log p(z)`` (or the closed form), ``(B,)``, unweighted by
+            ``lambda``; detached.
         shared: contribution of sites outside the data plate, a scalar, counted once.
-        surrogate: a scalar equal to zero whose gradient completes that of the rows where draws are not reparameterised;
-            None where all are. Row weights are already in it.
+        surrogate: a scalar equal to zero whose gradient completes that of the rows where draws are
+            not reparameterised; None where all are. Row weights are already in it.
     """
 
     rows: Tensor
@@ -63,19 +68,20 @@ def check_pair(guide: Recorder, model: Recorder) -> None:
             continue
         if name not in model.sites:
             raise ValueError(
-                f"the guide samples {name!r}, which the model lacks (the model has {_names(model)}): rename it, or "
-                "mark it with infer={'is_auxiliary': True}"
+                f"the guide samples {name!r}, which the model lacks (the model has "
+                f"{_names(model)}): rename it, or mark it with infer={'is_auxiliary': True}"
             )
         if model.sites[name].observed:
             raise ValueError(
-                f"the guide samples {name!r}, which is observed in the model: leave it out of the guide "
-                f"(poutine.block(guide, hide=[{name!r}]))"
+                f"the guide samples {name!r}, which is observed in the model: leave it out of the "
+                f"guide (poutine.block(guide, hide=[{name!r}]))"
             )
     for name, site in model.sites.items():
         if not site.observed and name not in guide.sites and site.enum_dim is None:
             raise ValueError(
-                f"the guide misses the latent site {name!r} of the model, {type(site.fn).__name__}(...) "
-                f"(the guide has {_names(guide)}): only small discrete sites can be summed out without a guide"
+                f"the guide misses the latent site {name!r} of the model, "
+                f"{type(site.fn).__name__}(...) (the guide has {_names(guide)}): only small "
+                "discrete sites can be summed out without a guide"
             )
 
 
@@ -86,7 +92,9 @@ def _names(recorder: Recorder) -> str:
 class _Layout:
     """Dimensions of log-densities: ``(supports ..., [particles,] inner plates ..., rows)``."""
 
-    def __init__(self, active: Tensor, row_plates: int, vectorized: bool, sites: list[Site]) -> None:
+    def __init__(
+        self, active: Tensor, row_plates: int, vectorized: bool, sites: list[Site]
+    ) -> None:
         self.num_rows = len(active)
         self.zeros = torch.zeros(self.num_rows, device=active.device)
         self.row_plates = row_plates
@@ -94,7 +102,10 @@ class _Layout:
         self.has_data_plate = any(-1 in plate_dims(site) for site in sites)
 
     def is_row(self, site: Site, value: Tensor) -> bool:
-        """Whether a site has one factor per row: it stands in the data plate, or, if nothing does, it has that shape."""
+        """Whether a site has one factor per row.
+
+        It stands in the data plate, or, if nothing does, it has that shape.
+        """
         if self.has_data_plate:
             return -1 in plate_dims(site)
         return value.dim() > 0 and value.shape[-1] == self.num_rows
@@ -140,7 +151,8 @@ def score(
         guide, model: the two runs, the model's with the guide's values.
         active: rows that have a target, ``(B,)`` bool; the others contribute nothing.
         weight: row weights, ``(B,)``, used for the score-function surrogate only.
-        row_plates: how many batch dimensions belong to plates of the programs (1: the data plate alone).
+        row_plates: how many batch dimensions belong to plates of the programs (1: the data plate
+            alone).
         num_particles: how many particles the run holds.
         vectorized: whether they stand in one run along a dimension of their own.
         importance_weighted: average them inside the logarithm.
@@ -156,7 +168,11 @@ def score(
     _check_summed(summed + averaged, layout)
 
     def scaled(site: Site, value: Tensor) -> Tensor:
-        return value if inside_log and layout.is_row(site, value) else scale_and_mask(value, site.scale)
+        return (
+            value
+            if inside_log and layout.is_row(site, value)
+            else scale_and_mask(value, site.scale)
+        )
 
     closed = {}
     if closed_form_kl and num_particles == 1 and not summed and not averaged:
@@ -210,8 +226,8 @@ def score(
                 undifferentiated_shared.append(log_prob)
     if shared and importance_weighted and num_particles > 1:
         raise ValueError(
-            "importance weighting is per row, but a latent or factor outside the data plate is shared by all rows: "
-            "use importance_weighted=False"
+            "importance weighting is per row, but a latent or factor outside the data plate is "
+            "shared by all rows: use importance_weighted=False"
         )
 
     dims = [site.enum_dim for site in summed if site.enum_dim is not None]
@@ -232,7 +248,9 @@ def score(
         possible = probability > 0
         kl = (probability * kl.where(possible, kl.new_zeros(()))).sum(average_dims, keepdim=True)
         if importance_weighted:
-            total = _logsumexp(total.where(possible, total.new_full((), -math.inf)) + log_q, average_dims)
+            total = _logsumexp(
+                total.where(possible, total.new_full((), -math.inf)) + log_q, average_dims
+            )
         else:
             total = (probability * total.where(possible, total.new_zeros(()))).sum(
                 average_dims, keepdim=True
@@ -260,7 +278,8 @@ def score(
     if undifferentiated or undifferentiated_shared:
         if undifferentiated and averaged:
             raise ValueError(
-                "the guide mixes enumerated sites with draws that are not reparameterised: enumerate all of them or none"
+                "the guide mixes enumerated sites with draws that are not reparameterised: "
+                "enumerate all of them or none"
             )
         inside = importance_weighted or layout.particle_dim is None
         surrogate = _surrogate(
@@ -281,13 +300,14 @@ def _check_summed(sites: Iterable[Site], layout: _Layout) -> None:
         dims = plate_dims(site)
         if -1 not in dims and site.fn.batch_shape[-1:] != (layout.num_rows,):
             raise ValueError(
-                f"the discrete site {site.name!r} stands outside the data plate and couples all rows: it cannot be "
-                "summed out row by row; give the guide a site of that name"
+                f"the discrete site {site.name!r} stands outside the data plate and couples all "
+                "rows: it cannot be summed out row by row; give the guide a site of that name"
             )
         if any(dim < -1 for dim in dims):
             raise ValueError(
-                f"the discrete site {site.name!r} stands in a plate inside the data plate: only sites with the data "
-                "plate alone are summed out; give the guide a site of that name"
+                f"the discrete site {site.name!r} stands in a plate inside the data plate: only "
+                "sites with the data plate alone are summed out; give the guide a site of that "
+                "name"
             )
 
 
@@ -303,8 +323,9 @@ def _common_scale(sites: list[Site]) -> float | Tensor | None:
         )
         if not same:
             raise ValueError(
-                f"site {site.name!r} has scale {scale}, another one {first}: with summed-out sites or importance "
-                "weights all sites of a row need the same scale, because it stands outside the logarithm"
+                f"site {site.name!r} has scale {scale}, another one {first}: with summed-out "
+                "sites or importance weights all sites of a row need the same scale, because it "
+                "stands outside the logarithm"
             )
     if not isinstance(first, Tensor) and first == 1.0:
         return None
@@ -314,7 +335,8 @@ def _common_scale(sites: list[Site]) -> float | Tensor | None:
 def _closed_form(guide: Recorder, model: Recorder) -> dict[str, Tensor]:
     """KL per latent site, if the guide draws its sites in the model's order; empty if it does not.
 
-    Where the orders differ, a site's two distributions are given different variables and the sum of their KLs is no KL.
+    Where the orders differ, a site's two distributions are given different variables and the sum
+    of their KLs is no KL.
     """
     order = [name for name, site in guide.sites.items() if not site.observed]
     if order != [name for name, site in model.sites.items() if not site.observed]:
@@ -324,7 +346,9 @@ def _closed_form(guide: Recorder, model: Recorder) -> dict[str, Tensor]:
         r, p = guide.sites[name], model.sites[name]
         key = tuple(type(d) for s in (r, p) for d in (s.fn, getattr(s.fn, "base_dist", None)))
         same_scale = r.scale is p.scale or (
-            not isinstance(r.scale, Tensor) and not isinstance(p.scale, Tensor) and r.scale == p.scale
+            not isinstance(r.scale, Tensor)
+            and not isinstance(p.scale, Tensor)
+            and r.scale == p.scale
         )
         if key in _NO_CLOSED_FORM or r.mask is not p.mask or not same_scale:
             continue
@@ -353,7 +377,10 @@ def _surrogate(
     layout: _Layout,
     share: float,
 ) -> Tensor | None:
-    """Score-function part of the gradient: ``sum of signal.detach() * log r``, made to have the value zero."""
+    """Score-function part of the gradient.
+
+    ``sum of signal.detach() * log r``, made to have the value zero.
+    """
     parts = []
     if undifferentiated:
         log_r = layout.sum(undifferentiated)

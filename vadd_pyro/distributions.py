@@ -1,25 +1,27 @@
 r"""Two distributions with one kernel each, and how categorical tokens are drawn.
 
-``TokenCategorical`` scores a whole row of tokens by one fused cross-entropy, where ``Categorical(logits=...)`` normalises and
-keeps a copy of the logits; ``DiagonalNormal`` is ``Normal(...).to_event(1)`` without the wrappers. Both behave as the
-ordinary ones do, which may be used in their place.
+``TokenCategorical`` scores a whole row of tokens by one fused cross-entropy, where
+``Categorical(logits=...)`` normalises and keeps a copy of the logits; ``DiagonalNormal`` is
+``Normal(...).to_event(1)`` without the wrappers. Both behave as the ordinary ones do, which may be
+used in their place.
 
-Tokens are drawn by inverting the cumulative distribution in double precision: single-precision Gumbel noise sharpens large
-vocabularies (Zheng et al. 2024, arXiv 2409.02908), and a single-precision cumulative sum may end below one.
+Tokens are drawn by inverting the cumulative distribution in double precision: single-precision
+Gumbel noise sharpens large vocabularies (Zheng et al. 2024, arXiv 2409.02908), and a
+single-precision cumulative sum may end below one.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from pyro.distributions import Categorical, Independent, MaskedDistribution, Normal
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
-from torch.distributions import constraints, kl_divergence, register_kl
 from torch.distributions import Distribution as TorchBase
+from torch.distributions import constraints, kl_divergence, register_kl
 from torch.nn.functional import cross_entropy
 
 __all__ = ["DiagonalNormal", "TokenCategorical", "draw_categorical", "token_logits"]
@@ -31,8 +33,8 @@ _IGNORED = -100
 def draw_categorical(logits: Tensor) -> Tensor:
     """One draw per row of ``logits (..., K)``, normalised or not: ``(...,)`` long in ``0..K-1``.
 
-    Inverse CDF: the first category whose cumulative probability exceeds ``u * total``, so a category of probability zero
-    is never drawn and neither is one past the last.
+    Inverse CDF: the first category whose cumulative probability exceeds ``u * total``, so a
+    category of probability zero is never drawn and neither is one past the last.
     """
     flat = logits.reshape(-1, logits.shape[-1])
     cdf = torch.softmax(flat.detach(), -1).cumsum(-1, dtype=torch.double)
@@ -45,14 +47,16 @@ def draw_categorical(logits: Tensor) -> Tensor:
 class TokenCategorical(TorchDistribution):
     """A row of tokens, independent categoricals, of which only the target positions count.
 
-    Same law as ``Categorical(logits=logits).mask(target).to_event(1)``; the log-density is one fused cross-entropy.
+    Same law as ``Categorical(logits=logits).mask(target).to_event(1)``; the log-density is one
+    fused cross-entropy.
 
     Args:
         logits: unnormalised log-probabilities, ``(..., D, K)``.
-        target: positions that are scored, ``(..., D)`` bool, broadcast against ``logits``; None scores all.
+        target: positions that are scored, ``(..., D)`` bool, broadcast against ``logits``; None
+            scores all.
     """
 
-    arg_constraints = {"logits": constraints.independent(constraints.real, 2)}
+    arg_constraints: ClassVar = {"logits": constraints.independent(constraints.real, 2)}
     has_enumerate_support = False
 
     def __init__(
@@ -65,7 +69,9 @@ class TokenCategorical(TorchDistribution):
     @property
     def support(self) -> constraints.Constraint:
         """Integers ``0..K-1`` at every position."""
-        return constraints.independent(constraints.integer_interval(0, self.logits.shape[-1] - 1), 1)
+        return constraints.independent(
+            constraints.integer_interval(0, self.logits.shape[-1] - 1), 1
+        )
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> TokenCategorical:
         """The same law over a larger batch shape."""
@@ -77,7 +83,10 @@ class TokenCategorical(TorchDistribution):
         )
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Sum over target positions of the log-probability of ``value (..., D)``: the batch shape, nats."""
+        """Sum over target positions of the log-probability of ``value (..., D)``.
+
+        The batch shape, nats.
+        """
         if self._validate_args:
             self._validate_sample(value)
         if self.target is not None:
@@ -110,7 +119,7 @@ class DiagonalNormal(TorchDistribution):
         scale: standard deviation, ``(..., d)``, positive.
     """
 
-    arg_constraints = {
+    arg_constraints: ClassVar = {
         "loc": constraints.real_vector,
         "scale": constraints.independent(constraints.positive, 1),
     }
@@ -140,7 +149,9 @@ class DiagonalNormal(TorchDistribution):
         if shape == self.batch_shape:
             return self
         shape = shape + self.event_shape
-        return DiagonalNormal(self.loc.expand(shape), self.scale.expand(shape), validate_args=False)
+        return DiagonalNormal(
+            self.loc.expand(shape), self.scale.expand(shape), validate_args=False
+        )
 
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Reparameterised draws, ``sample_shape + batch_shape + (d,)``."""
@@ -169,9 +180,12 @@ def _kl_diagonal(p: DiagonalNormal, q: DiagonalNormal) -> Tensor:
 
 
 def _as_diagonal(distribution: TorchBase) -> DiagonalNormal:
-    """``Normal.to_event(1)`` as a :class:`DiagonalNormal`; NotImplementedError, as torch's registry does, for others."""
+    """``Normal.to_event(1)`` as a :class:`DiagonalNormal`;
+
+    NotImplementedError, as torch's registry does, for others.
+    """
     base = getattr(distribution, "base_dist", None)
-    if isinstance(base, Normal) and distribution.reinterpreted_batch_ndims == 1:
+    if isinstance(base, Normal) and len(distribution.event_shape) == 1:
         return DiagonalNormal(base.loc, base.scale, validate_args=False)
     raise NotImplementedError(f"no closed-form KL between DiagonalNormal and {distribution}")
 
@@ -189,7 +203,8 @@ def _kl_independent_diagonal(p: Independent, q: DiagonalNormal) -> Tensor:
 def token_logits(distribution: TorchBase) -> Tensor:
     """Logits ``(..., D, K)`` behind the distribution at a model's ``"x_0"`` site.
 
-    Accepts :class:`TokenCategorical` and ``Categorical`` under ``.mask(...)``, ``.to_event(1)`` and ``.expand(...)`` in any order.
+    Accepts :class:`TokenCategorical` and ``Categorical`` under ``.mask(...)``, ``.to_event(1)``
+    and ``.expand(...)`` in any order.
 
     Raises:
         TypeError: for any other distribution, naming it.

@@ -1,26 +1,30 @@
 r"""The masked-diffusion ELBO: two objectives over one pair of step programs.
 
-**(a) ``objective="delbo"``**, with every masked position a target, is the training objective of VADD,
+**(a) ``objective="delbo"``**, with every masked position a target, is the training objective of
+VADD,
 
 .. math::
-    \mathrm{DELBO}(x_0) = E_{t, x_t}\; w(t)\; E_{r(z)} \Big[ \sum_{i\ \text{masked}} \log \mu_i(x_{0,i} \mid x_t, z, t)
+    \mathrm{DELBO}(x_0) = E_{t, x_t}\; w(t)\; E_{r(z)} \Big[ \sum_{i\ \text{masked}} \log
+    \mu_i(x_{0,i} \mid x_t, z, t)
     - \lambda \log \frac{r(z \mid x_0, x_t)}{p(z \mid x_t, t)} \Big].
 
-It trains well, but **it is no lower bound on** ``log p(x_0)`` when ``z`` couples positions: for D tied fair bits and a perfect
-model it gives ``-log 2 / D``, above the truth. Never report it as a likelihood.
+It trains well, but **it is no lower bound on** ``log p(x_0)`` when ``z`` couples positions: for D
+tied fair bits and a perfect model it gives ``-log 2 / D``, above the truth. Never report it as a
+likelihood.
 
-**(b) ``objective="chain"``**, with the positions ``S_i`` that step ``i`` of a T-step sampler reveals as targets, is a bound on the
-law of that sampler (with ``lambda = 1``),
+**(b) ``objective="chain"``**, with the positions ``S_i`` that step ``i`` of a T-step sampler
+reveals as targets, is a bound on the law of that sampler (with ``lambda = 1``),
 
 .. math::
-    \log p_T(x_0) \ge \sum_{i=1}^T E_{x_{t_i}, S_i} E_{r(z)} \Big[ \sum_{j \in S_i} \log \mu_j - \log \frac{r(z)}{p(z)} \Big],
+    \log p_T(x_0) \ge \sum_{i=1}^T E_{x_{t_i}, S_i} E_{r(z)} \Big[ \sum_{j \in S_i} \log \mu_j -
+    \log \frac{r(z)}{p(z)} \Big],
 
-estimated by one uniformly drawn step per row, times ``T``. A guide trained by (a) alone has never seen a target that is not all
-that is masked: train on (b) or refit the guide before reporting it.
+estimated by one uniformly drawn step per row, times ``T``. A guide trained by (a) alone has never
+seen a target that is not all that is masked: train on (b) or refit the guide before reporting it.
 
 References:
-    Xie et al. 2025, "Variational Autoencoding Discrete Diffusion" (arXiv 2505.17384), for (a); Chao et al. 2026 on why (a) is no
-    bound; SPEC section 3 for (b).
+    Xie et al. 2025, "Variational Autoencoding Discrete Diffusion" (arXiv 2505.17384), for (a);
+    Chao et al. 2026 on why (a) is no bound; SPEC section 3 for (b).
 """
 
 from __future__ import annotations
@@ -73,7 +77,8 @@ class LossTerms(NamedTuple):
 
     Args:
         loss: differentiable scalar, summed over rows and row weights, nats.
-        reconstruction: the part without latents, detached; ``loss = reconstruction + lambda * kl``.
+        reconstruction: the part without latents, detached; ``loss = reconstruction + lambda *
+            kl``.
         kl: the weighted KL, detached, before ``lambda``.
     """
 
@@ -85,23 +90,28 @@ class LossTerms(NamedTuple):
 class MaskedDiffusionELBO(ELBO):
     """Negative ELBO of a step program and its guide, summed over rows, in nats.
 
-    Use it under ``pyro.infer.SVI`` or, as a differentiable loss, ``elbo(model, guide)(x_0)``. Both take clean tokens ``(B, D)``
-    and draw the masks; given a :class:`MaskedBatch` instead they score it as it is. Further arguments go to the programs.
+    Use it under ``pyro.infer.SVI`` or, as a differentiable loss, ``elbo(model, guide)(x_0)``. Both
+    take clean tokens ``(B, D)`` and draw the masks; given a :class:`MaskedBatch` instead they
+    score it as it is. Further arguments go to the programs.
 
     Args:
         process: the forward process.
         objective: ``"delbo"`` (a) or ``"chain"`` (b), see the module's text.
         num_steps: ``T`` of the chain objective.
         time_grid: a grid of your own for it, ``(T + 1,)`` from 0 to 1.
-        times: distribution of the times; by default uniform for (a), the steps of the grid for (b).
-        kl_weight: ``lambda``, a number, or a function of the training iteration such as :class:`LinearAnnealing`. The iteration
-            is counted in ``iteration``: one more for each differentiated loss.
+        times: distribution of the times; by default uniform for (a), the steps of the grid for
+            (b).
+        kl_weight: ``lambda``, a number, or a function of the training iteration such as
+            :class:`LinearAnnealing`. The iteration is counted in ``iteration``: one more for each
+            differentiated loss.
         num_particles: latent draws per row.
         importance_weighted: average particles inside the logarithm, per row (Burda et al. 2016).
-        vectorize_particles: lay particles out along a plate of their own; False loops, for programs that do not broadcast.
-        closed_form_kl: use closed-form KL divergences where that is exact: one particle, and a guide that draws its sites in
-            the model's order.
-        max_plate_nesting: how many batch dimensions the programs' plates use; 1 is the data plate alone.
+        vectorize_particles: lay particles out along a plate of their own; False loops, for
+            programs that do not broadcast.
+        closed_form_kl: use closed-form KL divergences where that is exact: one particle, and a
+            guide that draws its sites in the model's order.
+        max_plate_nesting: how many batch dimensions the programs' plates use; 1 is the data plate
+            alone.
 
     Raises:
         ValueError: for contradictory arguments, naming them.
@@ -134,7 +144,8 @@ class MaskedDiffusionELBO(ELBO):
             raise ValueError("times and num_steps or time_grid say the same thing twice: give one")
         if objective == "delbo" and gridded:
             raise ValueError(
-                "num_steps and time_grid belong to objective='chain'; for a DELBO on a grid pass times=GridTimes(...)"
+                "num_steps and time_grid belong to objective='chain'; for a DELBO on a grid pass "
+                "times=GridTimes(...)"
             )
         if times is None:
             times = UniformTimes() if objective == "delbo" else GridTimes(num_steps, time_grid)
@@ -155,7 +166,9 @@ class MaskedDiffusionELBO(ELBO):
 
     def current_kl_weight(self) -> float:
         """``lambda`` at the present iteration."""
-        return float(self.kl_weight(self.iteration) if callable(self.kl_weight) else self.kl_weight)
+        return float(
+            self.kl_weight(self.iteration) if callable(self.kl_weight) else self.kl_weight
+        )
 
     def draw(self, x_0: Tensor, *, check: bool | None = None) -> MaskedBatch:
         """Draw times and masks for clean rows, with the row weights of the objective.
@@ -171,7 +184,8 @@ class MaskedDiffusionELBO(ELBO):
         if self.objective == "chain":
             if s is None:
                 raise ValueError(
-                    f"objective='chain' scores the steps of a grid, but times is {self.times}: use GridTimes"
+                    f"objective='chain' scores the steps of a grid, but times is {self.times}: "
+                    "use GridTimes"
                 )
             return self.process.corrupt(x_0, t, s, weight=weight)
         if s is not None:
@@ -181,9 +195,14 @@ class MaskedDiffusionELBO(ELBO):
     def score(
         self, model: StepProgram, guide: StepProgram, batch: MaskedBatch, *args: Any, **kwargs: Any
     ) -> RowTerms:
-        """Per-row terms of a batch as it is, before row weights: see :class:`~vadd_pyro.densities.RowTerms`."""
+        """Per-row terms of a batch as it is, before row weights.
+
+        See :class:`~vadd_pyro.densities.RowTerms`.
+        """
         if batch.x_0 is None:
-            raise ValueError("batch.x_0 is None: a batch without data can be generated, not scored")
+            raise ValueError(
+                "batch.x_0 is None: a batch without data can be generated, not scored"
+            )
         vectorized = self.num_particles > 1 and self.vectorize_particles
         num_runs = 1 if vectorized else self.num_particles
         runs = [self._run(model, guide, batch, vectorized, args, kwargs) for _ in range(num_runs)]
@@ -205,7 +224,8 @@ class MaskedDiffusionELBO(ELBO):
             )
         if self.importance_weighted:
             raise ValueError(
-                "importance_weighted needs vectorize_particles=True: particles of a row meet inside a logarithm"
+                "importance_weighted needs vectorize_particles=True: particles of a row meet "
+                "inside a logarithm"
             )
         terms = [score(*pair, **options) for pair in runs]
         surrogates = [term.surrogate for term in terms if term.surrogate is not None]
@@ -253,7 +273,12 @@ class MaskedDiffusionELBO(ELBO):
         return inferred, generated
 
     def terms(
-        self, model: StepProgram, guide: StepProgram, x_0: Tensor | MaskedBatch, *args: Any, **kwargs: Any
+        self,
+        model: StepProgram,
+        guide: StepProgram,
+        x_0: Tensor | MaskedBatch,
+        *args: Any,
+        **kwargs: Any,
     ) -> LossTerms:
         """Loss of a batch with its parts, all summed over rows: see :class:`LossTerms`."""
         batch = x_0 if isinstance(x_0, MaskedBatch) else self.draw(x_0)
@@ -275,14 +300,21 @@ class MaskedDiffusionELBO(ELBO):
         with torch.no_grad():
             return float(self.terms(model, guide, *args, **kwargs).loss)
 
-    def differentiable_loss(self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any) -> Tensor:
-        """The loss as a differentiable scalar, summed over rows; what ``elbo(model, guide)(x_0)`` returns."""
+    def differentiable_loss(
+        self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any
+    ) -> Tensor:
+        """The loss as a differentiable scalar, summed over rows.
+
+        What ``elbo(model, guide)(x_0)`` returns.
+        """
         loss = self.terms(model, guide, *args, **kwargs).loss
         if loss.requires_grad:
             self.iteration += 1
         return loss
 
-    def loss_and_grads(self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any) -> float:
+    def loss_and_grads(
+        self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any
+    ) -> float:
         """The loss as a number, its gradient left in the parameters; what ``SVI.step`` calls."""
         if self._checked is None or self._checked[0] is not model or self._checked[1] is not guide:
             check_store(model, guide)

@@ -1,15 +1,18 @@
 r"""The exact law of a T-step sampler on small spaces, by dynamic programming over masked states.
 
-Let :math:`P_i` be the law of the state before step ``i``. For every state with masked positions ``M`` the joint law of its tokens,
+Let :math:`P_i` be the law of the state before step ``i``. For every state with masked positions
+``M`` the joint law of its tokens,
 
 .. math::
     J(x_M \mid x_t) = \int p(z \mid x_t, t) \prod_{j \in M} \mu_j(x_j \mid x_t, z, t)\, dz ,
 
 is marginalised to each subset ``S`` that the step may reveal, which it does with probability
-:math:`\rho^{|S|} (1 - \rho)^{|M \setminus S|}`, and carried on. Discrete latents are summed; continuous ones are integrated over
-scrambled Sobol points pushed through the inverse distribution function of their prior (Owen 1998), others over random draws.
+:math:`\rho^{|S|} (1 - \rho)^{|M \setminus S|}`, and carried on. Discrete latents are summed;
+continuous ones are integrated over scrambled Sobol points pushed through the inverse distribution
+function of their prior (Owen 1998), others over random draws.
 
-The same joints give the path-wise value :math:`\sum_i E_{x_{t_i}, S_i} \log p(x_{S_i} \mid x_{t_i})`, the limit of the T-step bound.
+The same joints give the path-wise value :math:`\sum_i E_{x_{t_i}, S_i} \log p(x_{S_i} \mid
+x_{t_i})`, the limit of the T-step bound.
 """
 
 from __future__ import annotations
@@ -35,11 +38,14 @@ __all__ = ["exact_bound", "exact_distribution"]
 
 _SOBOL_COLUMNS = 64
 _LEAST_DRAWS = 256
-_CHUNK = 2**23
+_CHUNK = 2**21  # elements of the widest tensor: small enough to stay near the processor
 
 
 class _Integrator(Recorder):
-    """Runs a program over many latents at once: supports of discrete sites, given points for continuous ones."""
+    """Runs a program over many latents at once.
+
+    Supports of discrete sites, given points for continuous ones.
+    """
 
     def __init__(self, points: Tensor) -> None:
         super().__init__(enumerate_sites=lambda msg: True, first_dim=-3)
@@ -62,7 +68,10 @@ class _Integrator(Recorder):
                 msg["done"] = True
 
     def _place(self, fn: Any) -> Tensor | None:
-        """Points of the unit cube pushed through the inverse distribution function of ``fn``; None if it has none."""
+        """Points of the unit cube pushed through the inverse distribution function of ``fn``.
+
+        None if it has none.
+        """
         needed = fn.event_shape.numel() + isinstance(fn, MixtureSameFamily)
         if self.column + needed > self.points.shape[-1]:
             return None
@@ -77,7 +86,7 @@ class _Integrator(Recorder):
 
 
 def _inverse_cdf(fn: Any, u: Tensor) -> Tensor:
-    """Quantiles of ``fn`` at ``u (Z, 1, number of coordinates)``, ``(..., Z, B) + event_shape``."""
+    """Quantiles of ``fn`` at ``u (Z, 1, coordinates)``, ``(..., Z, B) + event_shape``."""
     if isinstance(fn, MixtureSameFamily):
         components = fn.component_distribution
         cdf = fn.mixture_distribution.probs.cumsum(-1)
@@ -104,7 +113,8 @@ class _Joints:
         model: a step program.
         process: its forward process.
         base: a row ``(D,)`` that holds the tokens which never change.
-        num_draws: points over which a continuous latent is integrated at a state; fewer where there are many states.
+        num_draws: points over which a continuous latent is integrated at a state; fewer where
+            there are many states.
     """
 
     def __init__(
@@ -133,7 +143,10 @@ class _Joints:
         return engine.draw(number, dtype=torch.double).to(self.base.device)
 
     def __call__(self, visible: list[int], masked: list[int], t: float) -> Tensor:
-        """``J`` of every state: ``(K ** len(visible), K ** len(masked))`` in double precision, rows in lexicographic order."""
+        """``J`` of every state:
+
+        ``(K ** len(visible), K ** len(masked))`` in double precision, rows in lexicographic order.
+        """
         vocab, device = self.process.vocab_size, self.base.device
         num_states = vocab ** len(visible)
         x = self.base.repeat(num_states, 1)
@@ -145,9 +158,9 @@ class _Joints:
         width = self.process.length * vocab + 256
         z_chunk = max(1, min(len(points), _CHUNK // width))
         x_chunk = max(1, _CHUNK // (width * z_chunk))
-        pieces = []
+        pieces: list[Tensor] = []
         for rows in x.split(x_chunk):
-            total = 0.0
+            total = torch.zeros((), dtype=torch.double, device=device)
             for piece in points.split(z_chunk):
                 total = total + self._partial(rows, piece, masked, t)
             pieces.append(total / len(points))
@@ -176,7 +189,7 @@ class _Joints:
         weight = log_weight.exp().expand(shape).reshape(-1, len(x), 1)
         mu = mu.transpose(0, 1)  # (n, Z, m, K)
         half = (len(masked) + 1) // 2
-        left, right = weight.transpose(0, 1), mu.new_ones(mu.shape[:2] + (1,))
+        left, right = weight.transpose(0, 1), mu.new_ones((*mu.shape[:2], 1))
         for j in range(len(masked)):
             side = left if j < half else right
             side = (side.unsqueeze(-1) * mu[:, :, j].unsqueeze(-2)).flatten(-2)
@@ -199,14 +212,17 @@ def _check_size(process: MaskingProcess, num_open: int, num_steps: int, max_stat
     states = (process.vocab_size + 1) ** num_open if num_steps > 1 else outcomes
     if states > max_states:
         raise ValueError(
-            f"the space is too large for an exact computation: {num_open} open positions of {process.vocab_size} "
-            f"tokens have {outcomes:,} outcomes and {states:,} states over {num_steps} steps, more than max_states = "
-            f"{max_states:,}; use sample() with metrics.histogram, or log_likelihood_bound, instead"
+            f"the space is too large for an exact computation: {num_open} open positions of "
+            f"{process.vocab_size} tokens have {outcomes:,} outcomes and {states:,} states over "
+            f"{num_steps} steps, more than max_states = {max_states:,}; use sample() with "
+            "metrics.histogram, or log_likelihood_bound, instead"
         )
 
 
 def _marginals(joint: Tensor, visible: list[int], masked: list[int], keep: list[int]) -> Tensor:
-    """``joint (K,) * (visible + masked)`` summed over the masked positions not kept, axes in order of position."""
+    """``joint (K,) * (visible + masked)`` summed over the masked positions not kept, axes in order
+    of position.
+    """
     drop = [len(visible) + masked.index(j) for j in masked if j not in keep]
     if drop:
         joint = joint.sum(drop)
@@ -235,9 +251,11 @@ def exact_distribution(
         num_steps: ``T``, steps of equal length.
         time_grid: a grid of your own, ``(T + 1,)``.
         x_start: one partly observed row ``(D,)`` to start from, as in :func:`vadd_pyro.sample`.
-        t_start: time at which it enters; by default where ``alpha(t_start)`` is its observed share.
-        num_draws: points per state over which continuous latents are integrated; divided by the root of the number of states
-            that share a mask, and at least 256. Discrete latents are summed and need none.
+        t_start: time at which it enters; by default where ``alpha(t_start)`` is its observed
+            share.
+        num_draws: points per state over which continuous latents are integrated; divided by the
+            root of the number of states that share a mask, and at least 256. Discrete latents are
+            summed and need none.
         seed: scrambling of the points.
         max_states: refuse larger spaces.
         args: further arguments of the program.
@@ -270,7 +288,9 @@ def exact_distribution(
             rho = float(process.schedule.rho(times[i - 1], times[i]))
             following: dict[tuple[int, ...], Tensor] = {}
 
-            def add(key: tuple[int, ...], value: Tensor, into: dict[tuple[int, ...], Tensor]) -> None:
+            def add(
+                key: tuple[int, ...], value: Tensor, into: dict[tuple[int, ...], Tensor]
+            ) -> None:
                 into[key] = into[key] + value if key in into else value
 
             for key, law in laws.items():
@@ -289,9 +309,9 @@ def exact_distribution(
                         add(tuple(kept), marginal * probability, following)
             laws = following
     result = torch.zeros((vocab,) * process.length, dtype=torch.double, device=device)
-    result[tuple(slice(None) if j in everything else int(start[j]) for j in range(process.length))] = (
-        laws[()]
-    )
+    result[
+        tuple(slice(None) if j in everything else int(start[j]) for j in range(process.length))
+    ] = laws[()]
     return result
 
 
@@ -306,10 +326,12 @@ def exact_bound(
     max_states: int = 2**20,
     args: tuple[Any, ...] = (),
 ) -> Tensor:
-    r"""The path-wise value of the T-step bound for every outcome, to which ``log_likelihood_bound`` tends as particles grow.
+    r"""The path-wise value of the T-step bound for every outcome, to which
+    ``log_likelihood_bound`` tends as particles grow.
 
     .. math::
-        b_T(x) = \sum_{i=1}^T E_{x_{t_i}, S_i} \log p(x_{S_i} \mid x_{t_i}) \le \log p_T(x), \qquad b_1 = \log p_1 .
+        b_T(x) = \sum_{i=1}^T E_{x_{t_i}, S_i} \log p(x_{S_i} \mid x_{t_i}) \le \log p_T(x), \qquad
+        b_1 = \log p_1 .
 
     Arguments as in :func:`exact_distribution`.
 

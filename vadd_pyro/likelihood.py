@@ -1,14 +1,17 @@
-r"""How likely the data are under the sampler that is used: the T-step bound, and the exact law on small spaces.
+r"""How likely the data are under the sampler that is used: the T-step bound, and the exact law on
+small spaces.
 
 The bound (SPEC section 3b) averages, over random reveal paths and latent draws,
 
 .. math::
     \log p_T(x_0) \ge \sum_{i=1}^T E_{x_{t_i}, S_i}\, E \log \frac1P \sum_{p=1}^P
-    \frac{p(z_p \mid x_{t_i}) \prod_{j \in S_i} \mu_j(x_{0,j} \mid x_{t_i}, z_p)}{r(z_p)}, \qquad z_p \sim r .
+    \frac{p(z_p \mid x_{t_i}) \prod_{j \in S_i} \mu_j(x_{0,j} \mid x_{t_i}, z_p)}{r(z_p)}, \qquad
+    z_p \sim r .
 
-It holds in expectation: single draws, and so single rows, may exceed ``log p_T``. As ``P`` grows it tends to the path-wise value
-:math:`\sum_i E \log p(x_{S_i} \mid x_{t_i})`, which for ``T > 1`` stays below ``log p_T`` (Jensen over reveal paths; equal at ``T = 1``).
-All of it speaks of fresh latents, random reveal order and the same time grid.
+It holds in expectation: single draws, and so single rows, may exceed ``log p_T``. As ``P`` grows
+it tends to the path-wise value :math:`\sum_i E \log p(x_{S_i} \mid x_{t_i})`, which for ``T > 1``
+stays below ``log p_T`` (Jensen over reveal paths; equal at ``T = 1``). All of it speaks of fresh
+latents, random reveal order and the same time grid.
 
 References:
     Burda et al. 2016 (arXiv 1509.00519) for the average inside the logarithm.
@@ -42,8 +45,12 @@ class Bound(NamedTuple):
     stderr: Tensor
 
     def mean(self) -> tuple[float, float]:
-        """Mean over rows and its standard error, which covers both the draws and the choice of rows."""
-        error = self.value.std() / len(self.value) ** 0.5 if len(self.value) > 1 else self.stderr[0]
+        """Mean over rows and its standard error, which covers both the draws and the choice of
+        rows.
+        """
+        error = (
+            self.value.std() / len(self.value) ** 0.5 if len(self.value) > 1 else self.stderr[0]
+        )
         return float(self.value.mean()), float(error)
 
 
@@ -64,27 +71,32 @@ def log_likelihood_bound(
 ) -> Bound:
     """The T-step bound on ``log p_T(x_0)``, in nats per row.
 
-    Each draw takes a whole random reveal path through the grid and scores every step of it that reveals something.
+    Each draw takes a whole random reveal path through the grid and scores every step of it that
+    reveals something.
 
     Args:
-        model, guide: a step program and its guide, which should have been trained with targets that the sampler meets
-            (``objective="chain"``): one trained by the DELBO alone gives a valid but loose bound for ``T > 1``.
+        model, guide: a step program and its guide, which should have been trained with targets
+            that the sampler meets (``objective="chain"``): one trained by the DELBO alone gives a
+            valid but loose bound for ``T > 1``.
         process: their forward process.
         x_0: clean tokens, ``(B, D)``.
         num_steps: ``T``.
         num_particles: importance samples ``P`` per step; more is tighter.
         num_draws: independent draws of path and latents, at least 2 for a standard error.
         time_grid: a grid of your own, ``(T + 1,)``.
-        vectorize_particles: particles along a dimension of their own; False needs ``num_particles=1``.
+        vectorize_particles: particles along a dimension of their own; False needs
+            ``num_particles=1``.
         seed: seed of this call; None draws on torch's global state.
-        batch_size: (row, step) pairs per network call; by default so that the logits take about 64 MB.
+        batch_size: (row, step) pairs per network call; by default so that the logits take about 8
+            MB.
         args: further arguments of the programs.
 
     Returns:
         :class:`Bound`, a pair ``(value, stderr)`` of ``(B,)`` tensors.
 
     Example:
-        >>> value, stderr = log_likelihood_bound(model, guide, process, x_0, num_steps=4)  # doctest: +SKIP
+        >>> value, stderr = log_likelihood_bound(model, guide, process, x_0, num_steps=4)  #
+        doctest: +SKIP
     """
     x_0 = process.check_tokens(x_0).to(device_of(model, x_0.device))
     grid = make_time_grid(num_steps, time_grid)
@@ -100,7 +112,7 @@ def log_likelihood_bound(
     )
     if batch_size is None:
         per_row = num_particles * process.length * process.vocab_size
-        batch_size = max(1, 2**24 // per_row)
+        batch_size = max(1, 2**21 // per_row)
     draws = []
     with seeded(seed), evaluation(model, guide):
         for _ in range(num_draws):
@@ -110,7 +122,8 @@ def log_likelihood_bound(
                 terms = elbo.score(model, guide, batch, *args)
                 if terms.shared.count_nonzero():
                     raise ValueError(
-                        "the model has a latent or factor outside the data plate: log p_T does not split into rows"
+                        "the model has a latent or factor outside the data plate: log p_T does "
+                        "not split into rows"
                     )
                 total.index_add_(0, rows, terms.rows.double())
             draws.append(total)
@@ -122,7 +135,7 @@ def log_likelihood_bound(
 def _steps_of(
     process: MaskingProcess, x_0: Tensor, steps: Tensor, grid: Tensor, batch_size: int
 ) -> Any:
-    """All (row, step) pairs in which something is revealed, as batches of at most ``batch_size``."""
+    """All (row, step) pairs in which something is revealed, ``batch_size`` at a time."""
     present = torch.zeros(len(x_0), len(grid), dtype=torch.bool, device=x_0.device)
     present.scatter_(1, steps, True)
     rows, step = present.nonzero(as_tuple=True)

@@ -1,7 +1,7 @@
 r"""Distances between distributions over a finite set, and the validity of samples.
 
-Distributions are tensors of probabilities of any shape; nats throughout. Report a distance between distributions beside any share of
-valid samples: a collapsed sampler is perfectly valid.
+Distributions are tensors of probabilities of any shape; nats throughout. Report a distance between
+distributions beside any share of valid samples: a collapsed sampler is perfectly valid.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def entropy(p: Tensor) -> float:
 
 
 def histogram(x: Tensor, vocab_size: int) -> Tensor:
-    """Relative frequencies of rows of tokens ``(N, D)``, shape ``(K,) * D`` in double precision."""
+    """Relative frequencies of rows of tokens ``(N, D)``, ``(K,) * D`` in double precision."""
     length = x.shape[1]
     powers = vocab_size ** torch.arange(length - 1, -1, -1, device=x.device)
     counts = torch.bincount((x * powers).sum(-1), minlength=vocab_size**length)
@@ -69,8 +69,9 @@ def histogram(x: Tensor, vocab_size: int) -> Tensor:
 def validity(samples: Tensor, reference: Tensor) -> float:
     """Share of samples near the data, the protocol of Ivanov et al. 2026 (App. B.1).
 
-    A sample is valid if its Euclidean distance, in token indices, to the nearest of the reference points is at most ``r``, the 90th
-    percentile of the reference points' own nearest-neighbour distances.
+    A sample is valid if its Euclidean distance, in token indices, to the nearest of the reference
+    points is at most ``r``, the 90th percentile of the reference points' own nearest-neighbour
+    distances.
 
     Args:
         samples: ``(N, D)`` tokens.

@@ -1,11 +1,14 @@
-r"""The forward process: mask tokens independently, and say which of them a reverse step has to score.
+r"""The forward process: mask tokens independently, and say which of them a reverse step has to
+score.
 
-Every token carries one uniform number ``u``: it is masked at time ``t`` exactly when ``u < 1 - alpha(t)``. So one draw of
-``u`` fixes a whole path, and a reverse step from ``t`` to ``s`` reveals the tokens with
-``1 - alpha(s) <= u < 1 - alpha(t)``, each masked one with probability ``rho(s, t)``, whatever the values are:
+Every token carries one uniform number ``u``: it is masked at time ``t`` exactly when ``u < 1 -
+alpha(t)``. So one draw of ``u`` fixes a whole path, and a reverse step from ``t`` to ``s`` reveals
+the tokens with ``1 - alpha(s) <= u < 1 - alpha(t)``, each masked one with probability ``rho(s,
+t)``, whatever the values are:
 
 .. math::
-    q(x_t \mid x_0) = \prod_j \alpha(t)^{[x_{t,j} = x_{0,j}]} (1 - \alpha(t))^{[x_{t,j} = \text{mask}]} .
+    q(x_t \mid x_0) = \prod_j \alpha(t)^{[x_{t,j} = x_{0,j}]} (1 - \alpha(t))^{[x_{t,j} =
+    \text{mask}]} .
 
 References:
     Austin et al. 2021 (arXiv 2107.03006); Sahoo et al. 2024 (arXiv 2406.07524); SPEC section 1.
@@ -32,10 +35,13 @@ class MaskedBatch:
         x_t: partly masked tokens, ``(B, D)`` long; the mask token has the id ``K``.
         t: times, ``(B,)`` float in ``[0, 1]``.
         masked: ``x_t == K``, ``(B, D)`` bool.
-        target: the masked positions that this step writes and scores, a subset of ``masked``, ``(B, D)`` bool. A model
-            reads it only to score (as the mask of its ``"x_0"`` site); a guide may look at it.
-        x_0: clean tokens, ``(B, D)`` long, or None to generate. A model reads it only as ``obs``; a guide may look at it.
-        weight: what each row's term counts in the objective, ``(B,)`` float; None counts every row once.
+        target: the masked positions that this step writes and scores, a subset of ``masked``,
+            ``(B, D)`` bool. A model reads it only to score (as the mask of its ``"x_0"`` site); a
+            guide may look at it.
+        x_0: clean tokens, ``(B, D)`` long, or None to generate. A model reads it only as ``obs``;
+            a guide may look at it.
+        weight: what each row's term counts in the objective, ``(B,)`` float; None counts every row
+            once.
     """
 
     x_t: Tensor
@@ -59,14 +65,18 @@ class MaskedBatch:
             value = getattr(self, name)
             if value is not None and value.shape != shape[:1]:
                 raise ValueError(
-                    f"{name} must have one entry a row, shape ({shape[0]},), got {tuple(value.shape)}"
+                    f"{name} must have one entry a row, shape ({shape[0]},), got "
+                    f"{tuple(value.shape)}"
                 )
 
     def __len__(self) -> int:
         return self.x_t.shape[0]
 
     def __getitem__(self, rows: Tensor | slice) -> MaskedBatch:
-        """The chosen rows: a slice, an index tensor or a ``(B,)`` bool mask. An integer would lose the row dimension."""
+        """The chosen rows.
+
+        A slice, an index tensor or a ``(B,)`` bool mask. An integer would lose the row dimension.
+        """
         if isinstance(rows, int):
             raise TypeError(
                 f"index a MaskedBatch with a slice, an index tensor or a bool mask, got {rows}"
@@ -98,7 +108,8 @@ class MaskingProcess:
     """Masked (absorbing) diffusion over rows of ``length`` tokens from ``vocab_size`` values.
 
     Args:
-        vocab_size: number of clean tokens ``K``; their ids are ``0..K-1`` and the mask token has the id ``K``.
+        vocab_size: number of clean tokens ``K``; their ids are ``0..K-1`` and the mask token has
+            the id ``K``.
         length: number of positions ``D`` of a row.
         schedule: survival probability of a token; linear if omitted.
 
@@ -151,13 +162,15 @@ class MaskingProcess:
 
         Raises:
             TypeError: if ``x`` is no integer tensor.
-            ValueError: for a wrong shape, an empty batch or a token out of range, naming the first one.
+            ValueError: for a wrong shape, an empty batch or a token out of range, naming the first
+            one.
         """
         if not isinstance(x, Tensor):
             raise TypeError(f"{name} must be a tensor of tokens, got {type(x).__name__}")
         if x.is_floating_point() or x.is_complex() or x.dtype == torch.bool:
             raise TypeError(
-                f"{name} must hold integer tokens (torch.long), got {x.dtype}; bin or convert it first"
+                f"{name} must hold integer tokens (torch.long), got {x.dtype}; bin or convert it "
+                "first"
             )
         if x.dim() != 2 or x.shape[1] != self.length:
             raise ValueError(
@@ -178,7 +191,9 @@ class MaskingProcess:
                 )
         return x.long()
 
-    def check_times(self, t: Tensor | float, num_rows: int, name: str, device: torch.device) -> Tensor:
+    def check_times(
+        self, t: Tensor | float, num_rows: int, name: str, device: torch.device
+    ) -> Tensor:
         """Times as a ``(B,)`` float tensor in ``[0, 1]``; a number stands for every row."""
         times = torch.as_tensor(t, dtype=torch.get_default_dtype(), device=device)
         if times.dim() == 0:
@@ -203,7 +218,8 @@ class MaskingProcess:
         """Mask clean rows at time ``t`` and mark what a step back to ``s`` would reveal.
 
         Args:
-            x_0: clean tokens, ``(B, D)`` long (see :meth:`check_tokens`; values are not looked at here).
+            x_0: clean tokens, ``(B, D)`` long (see :meth:`check_tokens`; values are not looked at
+                here).
             t: times, ``(B,)`` or a number.
             s: the time stepped back to; None targets every masked position (``s = 0``).
             weight: row weights to carry along, ``(B,)``.
@@ -228,8 +244,9 @@ class MaskingProcess:
     def reveal_steps(self, shape: tuple[int, ...], grid: Tensor, device: torch.device) -> Tensor:
         """At which step of a grid each token is revealed, ``shape`` long in ``1..T``.
 
-        Step ``i`` leads from ``t_i`` to ``t_{i-1}``, so a sampler visits ``T`` first. A token falls in step ``i`` with
-        probability ``alpha(t_{i-1}) - alpha(t_i)``, over ``1 - alpha(t_T)`` if the grid ends before 1.
+        Step ``i`` leads from ``t_i`` to ``t_{i-1}``, so a sampler visits ``T`` first. A token
+        falls in step ``i`` with probability ``alpha(t_{i-1}) - alpha(t_i)``, over ``1 -
+        alpha(t_T)`` if the grid ends before 1.
 
         Args:
             shape: ``(B, D)``.
@@ -267,7 +284,8 @@ def make_time_grid(num_steps: int | None = None, time_grid: Tensor | None = None
         time_grid: a grid of your own, increasing from 0 to 1; ``num_steps`` may then be left out.
 
     Raises:
-        ValueError: if neither or a contradictory pair is given, or a grid does not increase from 0 to 1.
+        ValueError: if neither or a contradictory pair is given, or a grid does not increase from 0
+        to 1.
     """
     if time_grid is None:
         if num_steps is None:
@@ -290,10 +308,11 @@ def make_time_grid(num_steps: int | None = None, time_grid: Tensor | None = None
 
 
 def _given_one_below(u: Tensor, p: Tensor) -> Tensor:
-    """Rows of uniforms ``u`` (B, D), made to follow their law given that at least one lies below ``p`` (B,).
+    """Rows of uniforms ``u`` (B, D), made to follow their law given that at least one lies below
+    ``p`` (B,).
 
-    The first such position has a truncated geometric law, drawn by inversion; those before it are uniform above ``p``,
-    that one below ``p``, those after it are free.
+    The first such position has a truncated geometric law, drawn by inversion; those before it are
+    uniform above ``p``, that one below ``p``, those after it are free.
     """
     length = u.shape[-1]
     p = p.clamp_min(torch.finfo(p.dtype).tiny)

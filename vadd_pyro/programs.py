@@ -1,9 +1,10 @@
 r"""Base class of ready models and guides, and how their parameters meet Pyro's global store.
 
-Pyro keeps parameters in one process-wide store under names. Names come from attributes, so a second model in the process, or a
-guide with an attribute of the same name as the model's, would find the first one's entry there and be trained in its place or
-not at all. Modules are therefore entered under a name that belongs to one instance alone, and parameters which Pyro itself
-manages (those of a ``PyroModule``) are refused where they would collide.
+Pyro keeps parameters in one process-wide store under names. Names come from attributes, so a
+second model in the process, or a guide with an attribute of the same name as the model's, would
+find the first one's entry there and be trained in its place or not at all. Modules are therefore
+entered under a name that belongs to one instance alone, and parameters which Pyro itself manages
+(those of a ``PyroModule``) are refused where they would collide.
 """
 
 from __future__ import annotations
@@ -27,15 +28,17 @@ _NUMBERS = itertools.count(1)
 
 
 class Program(nn.Module):
-    """A step program with parameters: a plain ``torch.nn.Module`` that also trains under ``pyro.infer.SVI``.
+    """A step program with parameters: a plain ``torch.nn.Module`` that also trains under
+    ``pyro.infer.SVI``.
 
-    Subclasses define ``forward(batch)``, in which they may use any Pyro statement. Parameters are announced to Pyro when a trace
-    listens for them and ``module_local_params`` is off.
+    Subclasses define ``forward(batch)``, in which they may use any Pyro statement. Parameters are
+    announced to Pyro when a trace listens for them and ``module_local_params`` is off.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if not pyro.settings.get("module_local_params"):
-            if any(isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
+        if _PYRO_STACK and not pyro.settings.get("module_local_params"):
+            listening = any(isinstance(handler, TraceMessenger) for handler in _PYRO_STACK)
+            if listening:
                 register_parameters(self)
         return super().__call__(*args, **kwargs)
 
@@ -98,10 +101,11 @@ def check_store(*programs: Any) -> None:
             for known in (seen.get(name), store._params.get(name)):
                 if known is not None and known is not parameter:
                     raise ValueError(
-                        f"parameter {name!r} of {type(program).__name__} would share an entry of Pyro's global "
-                        "parameter store with another module of this process, and one of the two would not be "
-                        "trained: rename the attribute, call pyro.settings.set(module_local_params=True) before "
-                        "building the modules, or pyro.clear_param_store() if the other one is no longer needed"
+                        f"parameter {name!r} of {type(program).__name__} would share an entry of "
+                        "Pyro's global parameter store with another module of this process, and "
+                        "one of the two would not be trained: rename the attribute, call "
+                        "pyro.settings.set(module_local_params=True) before building the modules, "
+                        "or pyro.clear_param_store() if the other one is no longer needed"
                     )
             seen[name] = parameter
 

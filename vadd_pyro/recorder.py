@@ -1,11 +1,12 @@
 r"""One light handler that runs a step program and keeps what happened at its sample sites.
 
-It takes the place of ``poutine.trace`` with ``replay`` and ``enum``: a site is recorded with its distribution, value, scale and
-mask, and nothing is computed until somebody asks for a log-density. In the model's pass it replays the guide's values and lays
-out the support of small discrete sites along a dimension of their own, to be summed over exactly.
+It takes the place of ``poutine.trace`` with ``replay`` and ``enum``: a site is recorded with its
+distribution, value, scale and mask, and nothing is computed until somebody asks for a log-density.
+In the model's pass it replays the guide's values and lays out the support of small discrete sites
+along a dimension of their own, to be summed over exactly.
 
-Handlers that a user puts around a program (``mask``, ``scale``, ``condition``, ``block``, ``replay``) act inside it and are
-honoured; those around the whole computation too.
+Handlers that a user puts around a program (``mask``, ``scale``, ``condition``, ``block``,
+``replay``) act inside it and are honoured; those around the whole computation too.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class Site:
         name: the site's name.
         fn: its distribution, expanded by the plates around it.
         value: its value; for an enumerated site the support, along ``enum_dim``.
-        scale: factor of the log-density, a number or tensor, from ``poutine.scale`` and subsampled plates.
+        scale: factor of the log-density, a number or tensor, from ``poutine.scale`` and subsampled
+            plates.
         mask: bool, bool tensor or None, from ``poutine.mask``.
         observed: whether the value is data.
         frames: the plates around the site, innermost first.
@@ -63,7 +65,10 @@ class Site:
         return scale_and_mask(value, 1.0, self.mask)
 
     def log_prob(self) -> Tensor:
-        """Unscaled log-density, zero where masked; nothing is computed where the whole site is masked."""
+        """Unscaled log-density, zero where masked.
+
+        Nothing is computed where the whole site is masked.
+        """
         if self.mask is False:
             return torch.zeros(self.fn.batch_shape, device=getattr(self.value, "device", None))
         return self.masked(self.fn.log_prob(self.value))
@@ -74,7 +79,8 @@ class Recorder(Messenger):
 
     Args:
         replay: values to use at latent sites, by name (the guide's).
-        enumerate_sites: called with a message at each site that would be drawn; True lays out its support instead.
+        enumerate_sites: called with a message at each site that would be drawn; True lays out its
+            support instead.
         first_dim: the first batch dimension free for supports, a negative number.
     """
 
@@ -92,18 +98,27 @@ class Recorder(Messenger):
         self.plates: dict[str, Tensor] = {}
         self._enumerated: dict[str, int] = {}
 
-    # Both hooks are overridden whole: the dispatch by message type in the base class costs as much as the rest.
+    # Both hooks are overridden whole: the dispatch by message type in the base class costs as much
+    # as the rest.
     def _process_message(self, msg: Any) -> None:
-        if msg["type"] != "sample" or msg["is_observed"] or msg["value"] is not None or msg["done"]:
+        if (
+            msg["type"] != "sample"
+            or msg["is_observed"]
+            or msg["value"] is not None
+            or msg["done"]
+        ):
             return
         name = msg["name"]
         if self.replay is not None and name in self.replay:
             msg["value"] = self.replay[name]
             msg["done"] = True
-        elif self.enumerate_sites is not None and not isinstance(msg["fn"], _Subsample):
-            if getattr(msg["fn"], "has_enumerate_support", False) and self.enumerate_sites(msg):
-                msg["value"] = self._lay_out(msg)
-                msg["done"] = True
+        elif (
+            self.enumerate_sites is not None
+            and getattr(msg["fn"], "has_enumerate_support", False)
+            and self.enumerate_sites(msg)
+        ):
+            msg["value"] = self._lay_out(msg)
+            msg["done"] = True
 
     def _lay_out(self, msg: Any) -> Tensor:
         fn = msg["fn"]
@@ -146,7 +161,9 @@ def run(
     inside: AbstractContextManager[Any] | None = None,
     **kwargs: Any,
 ) -> Recorder:
-    """Run a program under a recorder, optionally inside one more handler (a plate of particles), and return the recorder."""
+    """Run a program under a recorder, optionally inside one more handler (a plate of particles),
+    and return the recorder.
+    """
     with ExitStack() as stack:
         stack.enter_context(recorder)
         if inside is not None:

@@ -1,13 +1,16 @@
 r"""Ancestral sampling from a step program.
 
-One reverse step draws ``x_0' ~ p(x_0 | x_t)`` from the program and keeps each masked token with probability ``rho(s, t)``, since
-:math:`p(x_s \mid x_t) = \sum_{x_0'} p(x_0' \mid x_t)\, q(x_s \mid x_t, x_0')`. Which tokens a step reveals does not depend on their
-values, so the reveal step of every token is drawn beforehand, and each row is carried from one step that reveals something in it to
-the next: a row takes at most ``min(T, D)`` network calls, and steps that reveal nothing cost none. The law is the same.
+One reverse step draws ``x_0' ~ p(x_0 | x_t)`` from the program and keeps each masked token with
+probability ``rho(s, t)``, since :math:`p(x_s \mid x_t) = \sum_{x_0'} p(x_0' \mid x_t)\, q(x_s \mid
+x_t, x_0')`. Which tokens a step reveals does not depend on their values, so the reveal step of
+every token is drawn beforehand, and each row is carried from one step that reveals something in it
+to the next: a row takes at most ``min(T, D)`` network calls, and steps that reveal nothing cost
+none. The law is the same.
 
-With ``latent="fresh"`` every step draws its latent from the prior, as the model defines. ``latent="shared"`` draws it once, at the first
-step, and keeps it: another distribution, whose single samples may look better while their distribution is worse. Judge it by a
-distance between distributions, never by accuracy alone.
+With ``latent="fresh"`` every step draws its latent from the prior, as the model defines.
+``latent="shared"`` draws it once, at the first step, and keeps it: another distribution, whose
+single samples may look better while their distribution is worse. Judge it by a distance between
+distributions, never by accuracy alone.
 
 References:
     Xie et al. 2025 (arXiv 2505.17384), section 3.4; SPEC section 2.
@@ -33,7 +36,10 @@ __all__ = ["sample", "seeded"]
 
 @contextmanager
 def seeded(seed: int | None) -> Iterator[None]:
-    """Run with a seed of one's own and leave torch's random state as it was; None changes nothing."""
+    """Run with a seed of one's own and leave torch's random state as it was.
+
+    None changes nothing.
+    """
     if seed is None:
         yield
         return
@@ -63,11 +69,11 @@ class _Generator(Recorder):
         if msg["type"] == "sample" and msg["name"] == "x_0":
             if msg["value"] is None and not msg["done"]:
                 logits = token_logits(msg["fn"])
-                value = torch.zeros(
-                    self.wanted.shape, dtype=torch.long, device=self.wanted.device
-                )
+                value = torch.zeros(self.wanted.shape, dtype=torch.long, device=self.wanted.device)
                 wanted = self.wanted
-                value[wanted] = draw_categorical(logits.expand(wanted.shape + logits.shape[-1:])[wanted])
+                value[wanted] = draw_categorical(
+                    logits.expand(wanted.shape + logits.shape[-1:])[wanted]
+                )
                 msg["value"] = value
                 msg["done"] = True
             self.tokens = msg["value"]
@@ -86,7 +92,8 @@ def _generate(
         model(batch, *args)
     if generator.tokens is None:
         raise ValueError(
-            f"the model has no site 'x_0' to generate tokens with; it has {sorted(generator.sites)}"
+            "the model has no site 'x_0' to generate tokens with; it has "
+            f"{sorted(generator.sites)}"
         )
     latents = {n: s for n, s in generator.sites.items() if n != "x_0" and not s.observed}
     return generator.tokens, latents
@@ -99,7 +106,11 @@ def start_state(
     grid: Tensor,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """Where infilling begins: the rows, and each row's grid ``(B, T + 1)`` in double precision, the unit grid times its ``t_start``."""
+    """Where infilling begins.
+
+    The rows, and each row's grid ``(B, T + 1)`` in double precision, the unit grid times its
+    ``t_start``.
+    """
     x_start = torch.as_tensor(x_start)
     if x_start.dim() == 1:
         x_start = x_start.unsqueeze(0)
@@ -138,21 +149,24 @@ def sample(
         num_steps: ``T``, steps of equal length.
         latent: ``"fresh"`` or ``"shared"``, see the module's text.
         time_grid: a grid of your own, ``(T + 1,)`` from 0 to 1.
-        x_start: partly observed rows to complete, ``(N, D)`` or ``(D,)``, the mask id at open positions. The law of completions is the
-            model's denoising conditional from ``t_start``; it is the conditional of the sampler's own joint law only if the
-            learned conditionals agree with each other.
-        t_start: time at which ``x_start`` enters the chain, a number or ``(N,)``; by default where ``alpha(t_start)`` is a row's
-            observed share. The grid is shrunk to ``[0, t_start]``.
+        x_start: partly observed rows to complete, ``(N, D)`` or ``(D,)``, the mask id at open
+            positions. The law of completions is the model's denoising conditional from
+            ``t_start``; it is the conditional of the sampler's own joint law only if the learned
+            conditionals agree with each other.
+        t_start: time at which ``x_start`` enters the chain, a number or ``(N,)``; by default where
+            ``alpha(t_start)`` is a row's observed share. The grid is shrunk to ``[0, t_start]``.
         seed: seed of this call; None draws on torch's global state.
         batch_size: rows per network call.
         device: where to compute; by default the model's.
         args: further arguments of the program.
 
     Returns:
-        ``(num_samples, D)`` long, or ``(N * num_samples, D)``, completions of a row one after another.
+        ``(num_samples, D)`` long, or ``(N * num_samples, D)``, completions of a row one after
+        another.
 
     Raises:
-        ValueError: for ``num_steps < 1``, an unknown ``latent``, bad tokens in ``x_start``, or a model without site ``"x_0"``.
+        ValueError: for ``num_steps < 1``, an unknown ``latent``, bad tokens in ``x_start``, or a
+        model without site ``"x_0"``.
     """
     if latent not in ("fresh", "shared"):
         raise ValueError(f"latent must be 'fresh' or 'shared', got {latent!r}")
@@ -190,7 +204,10 @@ def _sample_rows(
     global_values: dict[str, Tensor],
     args: tuple[Any, ...],
 ) -> Tensor:
-    """One chunk of rows. Latents outside the data plate are drawn once for all and kept in ``global_values``."""
+    """One chunk of rows.
+
+    Latents outside the data plate are drawn once for all and kept in ``global_values``.
+    """
     x = x.clone()
     masked = x == process.mask_id
     edges = grids if len(grids) > 1 else grids[0]
@@ -229,7 +246,10 @@ def _sample_rows(
 
 
 def _is_row(site: Site, num_rows: int, sites: dict[str, Site]) -> bool:
-    """Whether a site's value has one entry per row: it stands in the data plate, or no site does and its shape says so."""
+    """Whether a site's value has one entry per row.
+
+    It stands in the data plate, or no site does and its shape says so.
+    """
     if any(-1 in plate_dims(other) for other in sites.values()):
         return -1 in plate_dims(site)
     shape = site.fn.batch_shape

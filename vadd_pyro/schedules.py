@@ -1,17 +1,18 @@
 r"""Masking schedules: how likely a token is still visible at time ``t``.
 
-A schedule is the survival probability ``alpha(t)`` of one token, decreasing from ``alpha(0) = 1`` (clean) to
-``alpha(1) = 0`` (all masked). Two quantities follow from it:
+A schedule is the survival probability ``alpha(t)`` of one token, decreasing from ``alpha(0) = 1``
+(clean) to ``alpha(1) = 0`` (all masked). Two quantities follow from it:
 
 .. math::
     \rho(s, t) = \frac{\alpha(s) - \alpha(t)}{1 - \alpha(t)}, \qquad
     w(t) = \frac{-\alpha'(t)}{1 - \alpha(t)},
 
-the probability that a token masked at ``t`` is revealed by ``s < t``, and the weight of time ``t`` in the
-continuous-time objective.
+the probability that a token masked at ``t`` is revealed by ``s < t``, and the weight of time ``t``
+in the continuous-time objective.
 
 References:
-    Shi et al. 2024, "Simplified and Generalized Masked Diffusion for Discrete Data" (arXiv 2406.04329), section 2.
+    Shi et al. 2024, "Simplified and Generalized Masked Diffusion for Discrete Data" (arXiv
+    2406.04329), section 2.
 """
 
 from __future__ import annotations
@@ -37,7 +38,10 @@ class Schedule(ABC):
 
     @abstractmethod
     def alpha(self, t: Tensor) -> Tensor:
-        """Probability that a token is visible at time ``t`` in ``[0, 1]``; any shape, same shape out."""
+        """Probability that a token is visible at time ``t`` in ``[0, 1]``.
+
+        Any shape, same shape out.
+        """
 
     def alpha_prime(self, t: Tensor) -> Tensor:
         """Derivative of :meth:`alpha`, by automatic differentiation unless a subclass knows it."""
@@ -47,20 +51,28 @@ class Schedule(ABC):
         return derivative
 
     def rho(self, s: Tensor, t: Tensor) -> Tensor:
-        """Probability that a token masked at ``t`` is visible at ``s < t``; broadcast shape of ``s`` and ``t``."""
+        """Probability that a token masked at ``t`` is visible at ``s < t``.
+
+        Broadcast shape of ``s`` and ``t``.
+        """
         alpha_t = self.alpha(t)
         tiny = torch.finfo(alpha_t.dtype).tiny
         return ((self.alpha(s) - alpha_t) / (1 - alpha_t).clamp_min(tiny)).clamp(0, 1)
 
     def weight(self, t: Tensor) -> Tensor:
-        """``-alpha'(t) / (1 - alpha(t))``: the weight of time ``t`` in the DELBO (``1 / t`` for the linear schedule)."""
+        """``-alpha'(t) / (1 - alpha(t))``:
+
+        The weight of time ``t`` in the DELBO (``1 / t`` for the linear schedule).
+        """
         precise = t.double()  # 1 - alpha(t) loses all its digits near t = 0 in single precision
         tiny = torch.finfo(torch.double).tiny
         weight = -self.alpha_prime(precise) / (1 - self.alpha(precise)).clamp_min(tiny)
         return weight.to(t.dtype)
 
     def inverse(self, alpha: Tensor) -> Tensor:
-        """The time at which ``alpha(t)`` equals the given value in ``[0, 1]``, by bisection in double precision."""
+        """The time at which ``alpha(t)`` equals the given value in ``[0, 1]``, by bisection in
+        double precision.
+        """
         value = alpha.double()
         low, high = torch.zeros_like(value), torch.ones_like(value)
         for _ in range(60):
@@ -89,14 +101,16 @@ class Schedule(ABC):
         for time, index, expected in ((0, 0, 1.0), (1, -1, 0.0)):
             if abs(alpha[index].item() - expected) > 1e-6:
                 raise ValueError(
-                    f"schedule {name}: alpha({time}) must be {expected:g}, got {alpha[index].item():.6g}"
+                    f"schedule {name}: alpha({time}) must be {expected:g}, got "
+                    f"{alpha[index].item():.6g}"
                 )
         rises = (alpha.diff() > 1e-9).nonzero().flatten()
         if len(rises):
             i = int(rises[0])
             raise ValueError(
-                f"schedule {name}: alpha must decrease on [0, 1], but rises from {alpha[i].item():.6g} at "
-                f"t = {t[i].item():.4g} to {alpha[i + 1].item():.6g} at t = {t[i + 1].item():.4g}"
+                f"schedule {name}: alpha must decrease on [0, 1], but rises from "
+                f"{alpha[i].item():.6g} at t = {t[i].item():.4g} to {alpha[i + 1].item():.6g} at "
+                f"t = {t[i + 1].item():.4g}"
             )
 
     def __repr__(self) -> str:
@@ -120,7 +134,10 @@ class LinearSchedule(Schedule):
 
 
 class CosineSchedule(Schedule):
-    """``alpha(t) = 1 - cos(pi (1 - t) / 2)``: unmasks slowly at first (near ``t = 1``), fast at the end."""
+    """``alpha(t) = 1 - cos(pi (1 - t) / 2)``:
+
+    Unmasks slowly at first (near ``t = 1``), fast at the end.
+    """
 
     def alpha(self, t: Tensor) -> Tensor:
         return 1 - torch.cos(math.pi / 2 * (1 - t))
@@ -164,7 +181,8 @@ class FunctionSchedule(Schedule):
     """Any decreasing function of yours, checked when it is given.
 
     Args:
-        alpha: differentiable function of a tensor of times in ``[0, 1]``, from ``alpha(0) = 1`` to ``alpha(1) = 0``.
+        alpha: differentiable function of a tensor of times in ``[0, 1]``, from ``alpha(0) = 1`` to
+            ``alpha(1) = 0``.
 
     Example:
         >>> FunctionSchedule(lambda t: (1 - t) ** 2).weight(torch.tensor(0.5)).item()

@@ -1,22 +1,28 @@
 r"""Where training looks: distributions of the time ``t`` at which rows are masked.
 
-A draw gives each row a time, the time stepped back to (on a grid) and the weight with which the row counts. Under the
-first three classes the expected weighted term is the same, the DELBO :math:`\int_0^1 w(t) f(t) dt`; they differ in variance
-and in work. The others are stated as what they are, other objectives: at high dimension uniform times almost never show the
-all-masked state, from which every sample starts (SPEC section 3).
+A draw gives each row a time, the time stepped back to (on a grid) and the weight with which the
+row counts. Under the first three classes the expected weighted term is the same, the DELBO
+:math:`\int_0^1 w(t) f(t) dt`; they differ in variance and in work. The others are stated as what
+they are, other objectives: at high dimension uniform times almost never show the all-masked state,
+from which every sample starts (SPEC section 3).
 
-=========================  =================================================  ===============================
-class                      time ``t`` of a row                                weight of a row
-=========================  =================================================  ===============================
-``UniformTimes``           uniform                                            ``w(t)``
-``UniformTimes(True)``     uniform, masks given at least one masked           ``w(t) (1 - alpha(t)^D)``
-``BalancedTimes``          density proportional to the line above             constant, ``1 + 1/2 + ... + 1/D``
-``AtomTimes``              1 for a share of rows, else as told                1 for that share, else as told
-``GridTimes``              points of one or several T-step grids              ``T``, times ``rho`` for the DELBO
-=========================  =================================================  ===============================
+=========================  =================================================
+=============================== class                      time ``t`` of a row
+          weight of a row
+=========================  =================================================
+=============================== ``UniformTimes``           uniform
+          ``w(t)`` ``UniformTimes(True)``     uniform, masks given at least one masked
+          ``w(t) (1 - alpha(t)^D)``
+``BalancedTimes``          density proportional to the line above             constant, ``1 + 1/2 +
+... + 1/D`` ``AtomTimes``              1 for a share of rows, else as told                1 for
+that share, else as told ``GridTimes``              points of one or several T-step grids
+   ``T``, times ``rho`` for the DELBO
+=========================  =================================================
+===============================
 
-Times are laid out on a randomly shifted lattice over the batch, so that each is exactly distributed as stated and together
-they cover the range evenly (low-variance sampling, Kingma et al. 2021, arXiv 2107.00630).
+Times are laid out on a randomly shifted lattice over the batch, so that each is exactly
+distributed as stated and together they cover the range evenly (low-variance sampling, Kingma et
+al. 2021, arXiv 2107.00630).
 """
 
 from __future__ import annotations
@@ -74,8 +80,9 @@ class UniformTimes(TimeDistribution):
     """``t`` uniform on ``(0, 1]``, weight ``w(t)``: the DELBO as it is written. The default.
 
     Args:
-        at_least_one: draw masks given that some position is masked, with the weight times its probability. The expectation
-            is the same; no row is spent on nothing (at ``D = 2`` a third of them is).
+        at_least_one: draw masks given that some position is masked, with the weight times its
+            probability. The expectation is the same; no row is spent on nothing (at ``D = 2`` a
+            third of them is).
     """
 
     def __init__(self, at_least_one: bool = False) -> None:
@@ -94,10 +101,12 @@ class UniformTimes(TimeDistribution):
 
 
 class BalancedTimes(TimeDistribution):
-    """Times at which every row counts the same: density ``w(t) (1 - alpha(t)^D)``, weight ``H_D = 1 + 1/2 + ... + 1/D``.
+    """Times at which every row counts the same: density ``w(t) (1 - alpha(t)^D)``, weight ``H_D =
+    1 + 1/2 + ... + 1/D``.
 
-    The number ``m`` of masked positions then has probability ``1 / (m H_D)``. Same expectation as :class:`UniformTimes`, a
-    quarter of its gradient variance at ``D = 2``, more at ``D = 64``: choose by dimension.
+    The number ``m`` of masked positions then has probability ``1 / (m H_D)``. Same expectation as
+    :class:`UniformTimes`, a quarter of its gradient variance at ``D = 2``, more at ``D = 64``:
+    choose by dimension.
     """
 
     def draw(self, process: MaskingProcess, num_rows: int, device: torch.device) -> TimeDraw:
@@ -106,7 +115,8 @@ class BalancedTimes(TimeDistribution):
         total = cumulative[-1]
         count = torch.searchsorted(cumulative, lattice(num_rows, device) * total, right=True)
         count = count.clamp_max(process.length - 1).to(sizes.dtype) + 1
-        # Given m masked of D, 1 - alpha(t) is Beta(m, D - m + 1); it is drawn as a ratio of gamma variables.
+        # Given m masked of D, 1 - alpha(t) is Beta(m, D - m + 1); it is drawn as a ratio of gamma
+        # variables.
         hit = torch._standard_gamma(count)
         miss = torch._standard_gamma(process.length - count + 1)
         share = hit / (hit + miss)
@@ -118,7 +128,8 @@ class BalancedTimes(TimeDistribution):
 
 
 class AtomTimes(TimeDistribution):
-    """A share of rows at ``t = 1``, all masked, with weight 1; the others as ``rest`` says, with its weights.
+    """A share of rows at ``t = 1``, all masked, with weight 1; the others as ``rest`` says, with
+    its weights.
 
     Another objective than the DELBO: ``share * (one-step bound) + (1 - share) * DELBO``.
 
@@ -137,7 +148,8 @@ class AtomTimes(TimeDistribution):
         rest = self.rest.draw(process, num_rows, device)
         if rest.s is not None:
             raise ValueError(f"rest must be a distribution in continuous time, got {self.rest}")
-        # The lattice of the rest is in row order: a shuffled one for the atom keeps the two independent.
+        # The lattice of the rest is in row order: a shuffled one for the atom keeps the two
+        # independent.
         atom = lattice(num_rows, device)[torch.randperm(num_rows, device=device)] < self.share
         return TimeDraw(
             rest.t.masked_fill(atom, 1.0),
@@ -152,18 +164,21 @@ class AtomTimes(TimeDistribution):
 class GridTimes(TimeDistribution):
     """A uniformly drawn step of a T-step sampler, as the T-step bound needs it; weight ``T``.
 
-    With the DELBO objective a row's target is all that is masked, and its weight is ``T rho(s, t)``: the Riemann sum of the
-    DELBO over the grid's states.
+    With the DELBO objective a row's target is all that is masked, and its weight is ``T rho(s,
+    t)``: the Riemann sum of the DELBO over the grid's states.
 
     Args:
-        num_steps: ``T``, or several of them, between which each row chooses with equal probability.
+        num_steps: ``T``, or several of them, between which each row chooses with equal
+            probability.
         time_grid: a grid of your own instead, ``(T + 1,)`` increasing from 0 to 1.
     """
 
     def __init__(
         self, num_steps: int | Sequence[int] | None = None, time_grid: Tensor | None = None
     ) -> None:
-        several = [num_steps] if num_steps is None or isinstance(num_steps, int) else list(num_steps)
+        several = (
+            [num_steps] if num_steps is None or isinstance(num_steps, int) else list(num_steps)
+        )
         if not several:
             raise ValueError("num_steps is an empty list: expected at least one number of steps")
         self.grids = [make_time_grid(steps, time_grid) for steps in several]

@@ -1,8 +1,9 @@
 r"""Training a step program and its guide: one torch optimiser over the differentiable loss.
 
-The loop does what a toy run needs and a long one relies on: warm-up and decay of the learning rate, clipping, an exponential average of
-the weights :math:`\bar\theta \leftarrow \beta \bar\theta + (1 - \beta) \theta`, a progress bar, checkpoints, and a resume that
-continues bit for bit on the CPU. ``pyro.infer.SVI`` trains the same pair; :func:`fit` is faster and keeps more.
+The loop does what a toy run needs and a long one relies on: warm-up and decay of the learning
+rate, clipping, an exponential average of the weights :math:`\bar\theta \leftarrow \beta \bar\theta
++ (1 - \beta) \theta`, a progress bar, checkpoints, and a resume that continues bit for bit on the
+CPU. ``pyro.infer.SVI`` trains the same pair; :func:`fit` is faster and keeps more.
 """
 
 from __future__ import annotations
@@ -30,7 +31,7 @@ from vadd_pyro.checkpoints import (
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.programs import check_store
 
-__all__ = ["History", "NonFiniteLossError", "fit"]
+__all__ = ["History", "NonFiniteLossError", "fit", "fit_guide"]
 
 _SMOOTHING = 0.98
 
@@ -96,7 +97,10 @@ class _Batches:
 def _learning_rate(
     iteration: int, base: float, warmup: int, num_iterations: int, decay: str, final: float
 ) -> float:
-    """Step size before update ``iteration`` (from 0): linear warm-up, then constant, cosine or linear to ``final * base``."""
+    """Step size before update ``iteration`` (from 0).
+
+    Linear warm-up, then constant, cosine or linear to ``final * base``.
+    """
     if iteration < warmup:
         return base * (iteration + 1) / warmup
     if decay == "constant":
@@ -107,7 +111,10 @@ def _learning_rate(
 
 
 class _Weights:
-    """All parameters of a pair of programs by name: those of modules, and those a function keeps in Pyro's store."""
+    """All parameters of a pair of programs by name.
+
+    Those of modules, and those a function keeps in Pyro's store.
+    """
 
     def __init__(self, model: Any, guide: Any) -> None:
         self.modules = {
@@ -150,7 +157,8 @@ class _Weights:
         stored, held = state["store"], {n for n in self.named if n.startswith("store.")}
         if set(stored) != held:
             raise ValueError(
-                f"{path} does not fit: it has parameters {sorted(stored)}, the programs {sorted(held)}"
+                f"{path} does not fit: it has parameters {sorted(stored)}, the programs "
+                f"{sorted(held)}"
             )
         with torch.no_grad():
             for name, value in stored.items():
@@ -166,10 +174,13 @@ def _check_arguments(**arguments: Any) -> None:
         raise ValueError(f"learning_rate must be positive, got {arguments['learning_rate']!r}")
     if not 0 <= arguments["warmup"] <= arguments["num_iterations"]:
         raise ValueError(
-            f"warmup must lie between 0 and num_iterations = {arguments['num_iterations']}, got {arguments['warmup']!r}"
+            f"warmup must lie between 0 and num_iterations = {arguments['num_iterations']}, got "
+            f"{arguments['warmup']!r}"
         )
     if arguments["decay"] not in ("constant", "cosine", "linear"):
-        raise ValueError(f"decay must be 'constant', 'cosine' or 'linear', got {arguments['decay']!r}")
+        raise ValueError(
+            f"decay must be 'constant', 'cosine' or 'linear', got {arguments['decay']!r}"
+        )
     clip, ema = arguments["clip_norm"], arguments["ema_decay"]
     if clip is not None and not clip > 0:
         raise ValueError(f"clip_norm must be positive or None, got {clip!r}")
@@ -207,19 +218,23 @@ def fit(
     Args:
         model, guide: the pair; modules, or functions whose parameters live in Pyro's store.
         elbo: the loss.
-        data: clean tokens ``(N, D)``, or a function ``data(batch_size) -> (batch_size, D)`` that draws fresh rows.
+        data: clean tokens ``(N, D)``, or a function ``data(batch_size) -> (batch_size, D)`` that
+            draws fresh rows.
         num_iterations: number of updates in all, those before a resume included.
         batch_size: rows per update.
         learning_rate: step size of Adam after the warm-up.
         warmup: updates of linear warm-up.
-        decay: ``"cosine"``, ``"linear"`` or ``"constant"``, to ``final_learning_rate`` times the step size.
+        decay: ``"cosine"``, ``"linear"`` or ``"constant"``, to ``final_learning_rate`` times the
+            step size.
         final_learning_rate: share of the step size left at the end.
         clip_norm: largest norm of the gradient of the mean loss per row; None does not clip.
-        ema_decay: decay of the exponential average of weights, such as 0.999. The programs are left with the averaged weights at
-            the end; the raw ones stay in the checkpoint.
-        optimizer: makes another torch optimiser of the list of parameters; its step size is then scheduled relative to its own.
+        ema_decay: decay of the exponential average of weights, such as 0.999. The programs are
+            left with the averaged weights at the end; the raw ones stay in the checkpoint.
+        optimizer: makes another torch optimiser of the list of parameters; its step size is then
+            scheduled relative to its own.
         seed: seed of all random draws in training and of the order of the data.
-        checkpoint: file that holds the newest state, written every ``checkpoint_every`` updates and at the end.
+        checkpoint: file that holds the newest state, written every ``checkpoint_every`` updates
+            and at the end.
         checkpoint_every: updates between two of them.
         resume: continue from ``checkpoint`` if it exists.
         log_every: updates between entries of the history.
@@ -230,10 +245,13 @@ def fit(
         :class:`History` of the whole run.
 
     Raises:
-        ValueError: for bad arguments or data, before anything is trained; for a checkpoint of another run.
-        NonFiniteLossError: naming the iteration; the checkpoint on disk is the last good state.
+        ValueError: for bad arguments or data, before anything is trained; for a checkpoint of
+        another run. NonFiniteLossError: naming the iteration; the checkpoint on disk is the last
+        good state.
     """
-    _check_arguments(**{k: v for k, v in locals().items() if k not in ("model", "guide", "elbo", "data")})
+    _check_arguments(
+        **{k: v for k, v in locals().items() if k not in ("model", "guide", "elbo", "data")}
+    )
     process = elbo.process
     weights = _Weights(model, guide)
     check_store(model, guide)
@@ -322,7 +340,10 @@ class _Run:
         self._mark = time.perf_counter()
 
     def prepare(self, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None) -> None:
-        """Run the pair once, fully validated, to find bad programs and all parameters; then make the optimiser."""
+        """Run the pair once, fully validated, to find bad programs and all parameters.
+
+        Then make the optimiser.
+        """
         state = random_state()
         self.elbo.iteration = 0
         with pyro.validation_enabled(True), poutine.trace(param_only=True) as capture:
@@ -332,8 +353,8 @@ class _Run:
         parameters = self.weights.values()
         if not parameters:
             raise ValueError(
-                "model and guide have no parameters to train: expected torch modules, or functions that use pyro.param "
-                "or pyro.module"
+                "model and guide have no parameters to train: expected torch modules, or "
+                "functions that use pyro.param or pyro.module"
             )
         self.parameters = parameters
         if optimizer is None:
@@ -352,7 +373,12 @@ class _Run:
         """Scheduled step size."""
         c = self.configuration
         return _learning_rate(
-            self.iteration, base, c["warmup"], c["num_iterations"], c["decay"], c["final_learning_rate"]
+            self.iteration,
+            base,
+            c["warmup"],
+            c["num_iterations"],
+            c["decay"],
+            c["final_learning_rate"],
         )
 
     def step(self) -> None:
@@ -368,9 +394,9 @@ class _Run:
             if not math.isfinite(value):
                 culprit = "KL" if not terms.kl.isfinite() else "reconstruction"
                 raise NonFiniteLossError(
-                    f"the loss is {value} at iteration {self.iteration}, its {culprit} term is not finite; training "
-                    "stopped before the update and the last checkpoint is intact. A smaller learning_rate, a "
-                    "warmup or a smaller clip_norm may help"
+                    f"the loss is {value} at iteration {self.iteration}, its {culprit} term is "
+                    "not finite; training stopped before the update and the last checkpoint is "
+                    "intact. A smaller learning_rate, a warmup or a smaller clip_norm may help"
                 )
             self.optimizer.zero_grad(set_to_none=True)
             loss.backward()
@@ -379,8 +405,9 @@ class _Run:
             norm = float(nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True))
             if not math.isfinite(norm):
                 raise NonFiniteLossError(
-                    f"the gradient's norm is {norm} at iteration {self.iteration}, though the loss is {value:.6g}; "
-                    "training stopped before the update and the last checkpoint is intact"
+                    f"the gradient's norm is {norm} at iteration {self.iteration}, though the "
+                    f"loss is {value:.6g}; training stopped before the update and the last "
+                    "checkpoint is intact"
                 )
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = self.rate(base)
@@ -388,9 +415,13 @@ class _Run:
         self.iteration += 1
         if self.average is not None:
             # Starts with a short memory, so that the first weights are soon forgotten.
-            decay = min(self.configuration["ema_decay"], (1 + self.iteration) / (10 + self.iteration))
+            decay = min(
+                self.configuration["ema_decay"], (1 + self.iteration) / (10 + self.iteration)
+            )
             with torch.no_grad():
-                torch._foreach_lerp_(self.average, [p.detach() for p in self.parameters], 1 - decay)
+                torch._foreach_lerp_(
+                    self.average, [p.detach() for p in self.parameters], 1 - decay
+                )
         kl = terms.kl.item() / len(x_0)
         self._since.append((value, kl))
         first = math.isnan(self.smooth_loss)
@@ -443,7 +474,8 @@ class _Run:
         for name, value in self.configuration.items():
             if saved.get(name) != value:
                 raise ValueError(
-                    f"{path} belongs to another run: its {name} is {saved.get(name)!r}, this call's is {value!r}"
+                    f"{path} belongs to another run: its {name} is {saved.get(name)!r}, this "
+                    f"call's is {value!r}"
                 )
         self.weights.load(content["weights"], path)
         self.optimizer.load_state_dict(content["optimizer"])
@@ -462,3 +494,35 @@ class _Run:
             with torch.no_grad():
                 for parameter, average in zip(self.parameters, self.average, strict=True):
                     parameter.copy_(average)
+
+
+def fit_guide(
+    model: Callable[..., Any],
+    guide: nn.Module,
+    elbo: MaskedDiffusionELBO,
+    data: Tensor | Callable[[int], Tensor],
+    num_iterations: int = 1000,
+    **options: Any,
+) -> History:
+    """Train the guide alone, the model held fixed.
+
+    A guide trained by the DELBO has seen targets that are all of what is masked, and no others.
+    Refitting it with ``MaskedDiffusionELBO(process, "chain", times=GridTimes(...))`` before
+    :func:`vadd_pyro.log_likelihood_bound` tightens the bound; the model, and so the sampler, stays
+    as it is.
+
+    Args:
+        model: the model; a module whose parameters are frozen meanwhile.
+        guide: the guide, a module with parameters.
+        elbo, data, num_iterations, options: as in :func:`fit`.
+    """
+    if not isinstance(model, nn.Module) or not isinstance(guide, nn.Module):
+        raise TypeError("fit_guide needs torch modules, whose parameters it can tell apart")
+    frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    for parameter in frozen:
+        parameter.requires_grad_(False)
+    try:
+        return fit(model, guide, elbo, data, num_iterations, **options)
+    finally:
+        for parameter in frozen:
+            parameter.requires_grad_(True)

@@ -1,4 +1,8 @@
-"""Latent priors: ``prior(batch)`` gives a distribution for site ``"z"``, or samples sites of its own and gives ``z``."""
+"""Latent priors.
+
+``prior(batch)`` gives a distribution for site ``"z"``, or samples sites of its own and gives
+``z``.
+"""
 
 from vadd_pyro.models.priors.categorical import Categorical
 from vadd_pyro.models.priors.normal import ConditionalNormal, MixtureOfNormals, StandardNormal

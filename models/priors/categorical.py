@@ -1,9 +1,11 @@
-r"""A categorical latent: ``C`` codes with learned probabilities and embeddings, summed out exactly.
+r"""A categorical latent: ``C`` codes with learned probabilities and embeddings, summed out
+exactly.
 
 .. math::
     p(x_{\text{target}} \mid x_t) = \sum_{c=1}^{C} \pi_c \prod_i \mu_i(x_i \mid x_t, e_c, t)
 
-needs no guide (:class:`vadd_pyro.guides.NoLatent`), has no gap and cannot collapse; its cost grows with ``C``.
+needs no guide (:class:`vadd_pyro.guides.NoLatent`), has no gap and cannot collapse; its cost grows
+with ``C``.
 """
 
 from __future__ import annotations
@@ -19,7 +21,8 @@ __all__ = ["Categorical"]
 
 
 class Categorical(nn.Module):
-    """``C`` codes; the site ``"z"`` holds the code ``(B,)``, the decoder sees its embedding ``(B, d)``.
+    """``C`` codes; the site ``"z"`` holds the code ``(B,)``, the decoder sees its embedding ``(B,
+    d)``.
 
     Args:
         num_codes: ``C``.

@@ -3,7 +3,8 @@ r"""Normal priors: the paper's, one that sees the state, and a learned mixture.
 ==================== ======================================================================
 ``StandardNormal``   :math:`p(z) = N(0, I)` (Xie et al. 2025)
 ``ConditionalNormal`` :math:`p(z \mid x_t, t) = N(m(x_t, t), s(x_t, t)^2)`
-``MixtureOfNormals`` :math:`p(z) = \sum_k \pi_k N(m_k, s_k^2)`, all learned (Jiang et al. 2017, VaDE)
+``MixtureOfNormals`` :math:`p(z) = \sum_k \pi_k N(m_k, s_k^2)`, all learned (Jiang et al. 2017,
+VaDE)
 ==================== ======================================================================
 """
 
@@ -52,8 +53,8 @@ class ConditionalNormal(nn.Module):
     """A normal whose mean and scale are read off the state: ``p(z | x_t, t)``.
 
     Args:
-        network: ``network(batch) -> (z_loc, z_scale)``, each ``(B, d)``, reading ``batch.x_t`` and ``batch.t`` only, such as
-            :class:`vadd_pyro.nn.StateEncoder`.
+        network: ``network(batch) -> (z_loc, z_scale)``, each ``(B, d)``, reading ``batch.x_t`` and
+            ``batch.t`` only, such as :class:`vadd_pyro.nn.StateEncoder`.
     """
 
     def __init__(self, network: Callable[[MaskedBatch], tuple[Tensor, Tensor]]) -> None:

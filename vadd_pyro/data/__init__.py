@@ -1,4 +1,7 @@
-"""Data with a known law: toy densities on a grid of bins, and tied tokens. Nothing is downloaded."""
+"""Data with a known law.
+
+Toy densities on a grid of bins, and tied tokens. Nothing is downloaded.
+"""
 
 from vadd_pyro.data.base import TokenDistribution
 from vadd_pyro.data.tokens import tied_bits, tied_tokens

@@ -28,7 +28,9 @@ class TokenDistribution(ABC):
     def __init__(self, name: str, vocab_size: int, length: int) -> None:
         for argument, value, least in (("vocab_size", vocab_size, 2), ("length", length, 1)):
             if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(f"{argument} must be an integer of at least {least}, got {value!r}")
+                raise ValueError(
+                    f"{argument} must be an integer of at least {least}, got {value!r}"
+                )
         self.name = name
         self.vocab_size = vocab_size
         self.length = length

@@ -1,8 +1,9 @@
 r"""Tied tokens: short sequences whose positions determine each other.
 
-*Tied bits* of length D: all zeros or all ones, each with probability one half; entropy ``log 2`` for every D. *D1* is
-``{(k, k+1, k+2, k+3)}`` and *D2* ``{(k, k+1, l, l+1)}``, uniform, additions modulo 10 (Zhang et al. 2025, Variational Masked
-Diffusion, arXiv 2510.23606): 10 and 100 outcomes among 10,000.
+*Tied bits* of length D: all zeros or all ones, each with probability one half; entropy ``log 2``
+for every D. *D1* is ``{(k, k+1, k+2, k+3)}`` and *D2* ``{(k, k+1, l, l+1)}``, uniform, additions
+modulo 10 (Zhang et al. 2025, Variational Masked Diffusion, arXiv 2510.23606): 10 and 100 outcomes
+among 10,000.
 """
 
 from __future__ import annotations
@@ -33,7 +34,8 @@ class UniformOver(TokenDistribution):
     def _law(self) -> np.ndarray:
         if self.vocab_size**self.length > 2**24:
             raise ValueError(
-                f"{self.name} has {self.vocab_size}^{self.length} outcomes: too many for a table of probabilities"
+                f"{self.name} has {self.vocab_size}^{self.length} outcomes: too many for a table "
+                "of probabilities"
             )
         law = np.zeros((self.vocab_size,) * self.length)
         law[tuple(self.outcomes.T)] = 1 / len(self.outcomes)

@@ -1,11 +1,13 @@
-r"""Densities in the plane on a grid of ``K`` by ``K`` bins, with the true probability of every bin.
+r"""Densities in the plane on a grid of ``K`` by ``K`` bins, with the true probability of every
+bin.
 
-Most are a curve or a set of centres with isotropic normal noise, so the probability of a bin is a one-dimensional integral of products
-of normal distribution functions, done here by quadrature; the checkerboard is in closed form; the pinwheel from 16 million draws. The
-first and the last bin of an axis reach to infinity.
+Most are a curve or a set of centres with isotropic normal noise, so the probability of a bin is a
+one-dimensional integral of products of normal distribution functions, done here by quadrature; the
+checkerboard is in closed form; the pinwheel from 16 million draws. The first and the last bin of
+an axis reach to infinity.
 
-The shapes are those of Grathwohl et al. 2019 (FFJORD, arXiv 1810.01367); ``eight_modes`` and ``swiss_roll_es`` follow the protocol of
-Ivanov et al. 2026 (App. B.1): 49 edges on ``[-3, 3]``.
+The shapes are those of Grathwohl et al. 2019 (FFJORD, arXiv 1810.01367); ``eight_modes`` and
+``swiss_roll_es`` follow the protocol of Ivanov et al. 2026 (App. B.1): 49 edges on ``[-3, 3]``.
 """
 
 from __future__ import annotations
@@ -72,7 +74,10 @@ class ToyDensity(TokenDistribution):
         return torch.from_numpy(np.searchsorted(self.edges, points, side="right")).long()
 
     def centers(self) -> np.ndarray:
-        """Coordinates of the bin centres, ``(K,)``; the outermost bins are given the width of their neighbours."""
+        """Coordinates of the bin centres, ``(K,)``.
+
+        The outermost bins are given the width of their neighbours.
+        """
         width = self.edges[1] - self.edges[0] if len(self.edges) > 1 else 1.0
         middle = (self.edges[1:] + self.edges[:-1]) / 2
         return np.concatenate([[self.edges[0] - width / 2], middle, [self.edges[-1] + width / 2]])
@@ -147,12 +152,17 @@ def _roll(sd: float, divisor: float, name: str, edges: np.ndarray) -> ToyDensity
 
 
 def swiss_roll(vocab_size: int = 100) -> ToyDensity:
-    """scikit-learn's ``make_swiss_roll(noise=1)``, coordinates 0 and 2, divided by 5, on ``[-4, 4]``."""
+    """scikit-learn's ``make_swiss_roll(noise=1)``, coordinates 0 and 2, divided by 5, on ``[-4,
+    4]``.
+    """
     return _roll(1.0, 5.0, "swiss roll", _edges(vocab_size, -4, 4))
 
 
 def swiss_roll_es(vocab_size: int = 50) -> ToyDensity:
-    """Protocol ES: ``make_swiss_roll(noise=0.45)`` divided by 7.5, ``vocab_size - 1`` edges on ``[-3, 3]``."""
+    """Protocol ES.
+
+    ``make_swiss_roll(noise=0.45)`` divided by 7.5, ``vocab_size - 1`` edges on ``[-3, 3]``.
+    """
     return _roll(0.45, 7.5, "swiss roll (ES)", np.linspace(-3, 3, vocab_size - 1))
 
 
@@ -173,7 +183,7 @@ def circles(vocab_size: int = 100) -> ToyDensity:
 
 
 def moons(vocab_size: int = 100) -> ToyDensity:
-    """scikit-learn's ``make_moons(noise=0.1)`` times 2, shifted by ``(-1, -0.5)``, on ``[-4, 4]``."""
+    """``make_moons(noise=0.1)`` times 2, shifted by ``(-1, -0.5)``, on ``[-4, 4]``."""
     shift = np.array([-1.0, -0.5])
 
     def draw(n: int, rng: np.random.Generator) -> Points:
@@ -190,7 +200,10 @@ def moons(vocab_size: int = 100) -> ToyDensity:
 
 
 def two_spirals(vocab_size: int = 100) -> ToyDensity:
-    """Two interleaved spirals on ``[-4, 4]``: radius proportional to an angle up to 3 pi, denser outside, noise 0.1."""
+    """Two interleaved spirals on ``[-4, 4]``.
+
+    Radius proportional to an angle up to 3 pi, denser outside, noise 0.1.
+    """
 
     def curve(u: np.ndarray) -> Points:
         angle = np.sqrt(2 * u % 1) * 3 * np.pi
@@ -204,7 +217,10 @@ def two_spirals(vocab_size: int = 100) -> ToyDensity:
 
 
 def pinwheel(vocab_size: int = 100) -> ToyDensity:
-    """Five twisted normal blades on ``[-4, 4]`` (Johnson et al. 2016); the law of the bins is from 16 million draws."""
+    """Five twisted normal blades on ``[-4, 4]`` (Johnson et al.
+
+    2016); the law of the bins is from 16 million draws.
+    """
 
     def draw(n: int, rng: np.random.Generator) -> Points:
         blade = rng.integers(5, size=n)
@@ -228,7 +244,8 @@ def pinwheel(vocab_size: int = 100) -> ToyDensity:
 
 
 def eight_modes(vocab_size: int = 50, seed: int = 0) -> ToyDensity:
-    """Protocol E8: eight centres uniform on ``[-2.5, 2.5]^2``, noise 0.09, ``vocab_size - 1`` edges on ``[-3, 3]``.
+    """Protocol E8: eight centres uniform on ``[-2.5, 2.5]^2``, noise 0.09, ``vocab_size - 1``
+    edges on ``[-3, 3]``.
 
     Args:
         vocab_size: ``K``.
@@ -262,7 +279,8 @@ def toy(name: str, vocab_size: int | None = None) -> ToyDensity:
 
     Args:
         name: one of :data:`TOYS`.
-        vocab_size: bins per axis; by default the density's own (100, or 50 for the E8/ES protocols).
+        vocab_size: bins per axis; by default the density's own (100, or 50 for the E8/ES
+            protocols).
     """
     if name not in TOYS:
         raise ValueError(f"name must be one of {', '.join(TOYS)}, got {name!r}")

@@ -1,15 +1,16 @@
-r"""Multilayer perceptrons over a row of embedded tokens: decoder, recognition network and prior network.
+r"""Multilayer perceptrons over a row of embedded tokens: decoder, recognition network and prior
+network.
 
-The first layer is affine in (tokens, latent, time), so each input has a matrix of its own and their results are added. A latent
-laid out along dimensions of its own, say the ``(C, 1, d)`` embeddings of all codes, then meets rows ``(B, D)`` by broadcasting,
-and what depends on the rows alone is computed once.
+The first layer is affine in (tokens, latent, time), so each input has a matrix of its own and
+their results are added. A latent laid out along dimensions of its own, say the ``(C, 1, d)``
+embeddings of all codes, then meets rows ``(B, D)`` by broadcasting, and what depends on the rows
+alone is computed once.
 """
 
 from __future__ import annotations
 
 import math
 
-import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
@@ -29,7 +30,10 @@ def _check_sizes(**sizes: int) -> None:
 
 
 class _Hidden(nn.Module):
-    """Hidden layers after the first affine map: ``num_layers - 1`` times (activation, linear), and a last activation."""
+    """Hidden layers after the first affine map.
+
+    ``num_layers - 1`` times (activation, linear), and a last activation.
+    """
 
     def __init__(self, hidden_dim: int, num_layers: int) -> None:
         super().__init__()
@@ -57,12 +61,13 @@ class MLPDecoder(nn.Module):
         hidden_dim: width.
         num_layers: number of hidden layers.
         embedding_dim: size of a token's embedding.
-        time_conditioning: feed ``t`` to the network. Off by default: given ``x_t``, the clean tokens do not depend on ``t``
-            (Sahoo et al. 2024, section 3.5), and the number of masks tells the rest.
+        time_conditioning: feed ``t`` to the network. Off by default: given ``x_t``, the clean
+            tokens do not depend on ``t`` (Sahoo et al. 2024, section 3.5), and the number of masks
+            tells the rest.
 
     Shapes:
-        ``x_t (B, D)``, ``z (..., B, d)`` or anything that broadcasts with it such as ``(C, 1, d)``, ``t (B,)``;
-        returns ``(..., B, D, K)``.
+        ``x_t (B, D)``, ``z (..., B, d)`` or anything that broadcasts with it such as ``(C, 1,
+        d)``, ``t (B,)``; returns ``(..., B, D, K)``.
     """
 
     def __init__(
@@ -107,7 +112,8 @@ class MLPDecoder(nn.Module):
 
 
 class MLPEncoder(nn.Module):
-    r"""Recognition network: ``(z_loc, z_scale)`` from ``x_0`` and which positions are visible, masked and targeted.
+    r"""Recognition network: ``(z_loc, z_scale)`` from ``x_0`` and which positions are visible,
+    masked and targeted.
 
     It must see the mask, or it cannot tell what the latent is needed for, and collapses.
 
@@ -162,7 +168,8 @@ class StateEncoder(nn.Module):
         hidden_dim, num_layers, embedding_dim: as in :class:`MLPDecoder`.
 
     Shapes:
-        a :class:`MaskedBatch` of ``B`` rows gives two tensors ``(B, d)``; only ``x_t`` and ``t`` are read.
+        a :class:`MaskedBatch` of ``B`` rows gives two tensors ``(B, d)``; only ``x_t`` and ``t``
+        are read.
     """
 
     def __init__(
