@@ -31,7 +31,7 @@ from vadd_pyro.densities import PARTICLES
 from vadd_pyro.distributions import DiagonalNormal, token_logits
 from vadd_pyro.process import MaskedBatch, MaskingProcess, make_time_grid
 from vadd_pyro.programs import evaluation
-from vadd_pyro.recorder import Recorder
+from vadd_pyro.recorder import Recorder, Site
 from vadd_pyro.sampling import device_of, seeded, start_state
 
 __all__ = ["exact_bound", "exact_distribution"]
@@ -132,11 +132,11 @@ class _Joints:
         self.args = args
         self.num_draws = num_draws
         self.seed = seed
-        self.continuous = True
+        self.continuous: bool | None = None  # whether there is a latent to integrate
 
     def _points(self, num_states: int) -> Tensor:
         if not self.continuous:
-            return torch.zeros(1, 0, dtype=torch.double, device=self.base.device)
+            return self.base.new_zeros((1, 0), dtype=torch.double)
         number = max(_LEAST_DRAWS, int(self.num_draws / num_states**0.5))
         number = 2 ** max(0, (number - 1).bit_length())
         engine = SobolEngine(_SOBOL_COLUMNS, scramble=True, seed=self.seed)
@@ -154,6 +154,9 @@ class _Joints:
         if visible:
             grids = [torch.arange(vocab, device=device)] * len(visible)
             x[:, visible] = torch.cartesian_prod(*grids).reshape(num_states, len(visible))
+        if self.continuous is None:
+            _, latents = self._run(x[:1], self.base.new_zeros((1, 0), dtype=torch.double), t)
+            self.continuous = any(site.enum_dim is None for site in latents)
         points = self._points(num_states)
         width = self.process.length * vocab + 256
         z_chunk = max(1, min(len(points), _CHUNK // width))
@@ -167,8 +170,10 @@ class _Joints:
         joint = torch.cat(pieces)
         return joint / joint.sum(-1, keepdim=True)
 
-    def _partial(self, x: Tensor, points: Tensor, masked: list[int], t: float) -> Tensor:
-        """Sum over the given points of the weighted products, ``(n, K ** m)``."""
+    def _run(self, x: Tensor, points: Tensor, t: float) -> tuple[Tensor, list[Site]]:
+        """Logits ``(..., D, K)`` of the states ``x (n, D)`` at latents placed at the points, and
+        the latent sites.
+        """
         is_masked = x == self.process.mask_id
         times = torch.full((len(x),), t, device=x.device)
         batch = MaskedBatch(x, times, is_masked, is_masked)
@@ -177,10 +182,13 @@ class _Joints:
         if run.logits is None:
             raise ValueError(f"the model has no site 'x_0'; it has {sorted(run.sites)}")
         latents = [s for name, s in run.sites.items() if name != "x_0" and not s.observed]
-        if self.continuous and all(site.enum_dim is not None for site in latents):
-            self.continuous = False  # nothing left to integrate: one point does from now on
-        mu = torch.softmax(run.logits[..., masked, :], -1)
-        log_weight = torch.zeros((1, 1), device=x.device)
+        return run.logits, latents
+
+    def _partial(self, x: Tensor, points: Tensor, masked: list[int], t: float) -> Tensor:
+        """Sum over the given points of the weighted products, ``(n, K ** m)``."""
+        logits, latents = self._run(x, points, t)
+        mu = torch.softmax(logits[..., masked, :].double(), -1)
+        log_weight = mu.new_zeros((1, 1))
         for site in latents:
             if site.enum_dim is not None:
                 log_weight = log_weight + site.log_prob()
@@ -194,7 +202,7 @@ class _Joints:
             side = left if j < half else right
             side = (side.unsqueeze(-1) * mu[:, :, j].unsqueeze(-2)).flatten(-2)
             left, right = (side, right) if j < half else (left, side)
-        return (left.transpose(1, 2) @ right).flatten(1).double()
+        return (left.transpose(1, 2) @ right).flatten(1)
 
 
 def _subsets(positions: list[int]) -> Iterator[list[int]]:

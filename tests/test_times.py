@@ -1,0 +1,108 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vadd_pyro import (
+    AtomTimes,
+    BalancedTimes,
+    CosineSchedule,
+    GridTimes,
+    MaskedDiffusionELBO,
+    MaskingProcess,
+    UniformTimes,
+)
+
+CPU = torch.device("cpu")
+N = 20_000
+
+
+def expected_delbo(process, score, times, repeats=20):
+    """Mean and error of the weighted score of the number of masked positions, over batches."""
+    x_0 = torch.zeros((N, process.length), dtype=torch.long)
+    elbo = MaskedDiffusionELBO(process, times=times)
+    means = []
+    for _ in range(repeats):
+        batch = elbo.draw(x_0)
+        means.append((batch.weight.double() * score(batch.masked.sum(-1))).mean())
+    values = torch.stack(means)
+    return values.mean(), values.std() / repeats**0.5
+
+
+@pytest.mark.parametrize("schedule", [None, CosineSchedule()], ids=repr)
+@pytest.mark.parametrize("length", [2, 5])
+@pytest.mark.parametrize("times", [UniformTimes(), UniformTimes(True), BalancedTimes()], ids=repr)
+def test_three_distributions_of_times_have_the_same_expectation(times, length, schedule):
+    # Integrated over t, m masked positions of D count with total weight 1 / m.
+    process = MaskingProcess(2, length, schedule)
+
+    def score(m):
+        return torch.where(m > 0, m.double() ** 2 + 1, 0.0)
+
+    exact = sum((m**2 + 1) / m for m in range(1, length + 1))
+    value, error = expected_delbo(process, score, times)
+    assert abs(value - exact) < 4.5 * error
+    assert error < 0.02 * exact
+
+
+def test_balanced_times_count_every_row_the_same():
+    process = MaskingProcess(2, 4)
+    batch = MaskedDiffusionELBO(process, times=BalancedTimes()).draw(
+        torch.zeros((N, 4), dtype=torch.long)
+    )
+    torch.testing.assert_close(batch.weight, torch.full((N,), 1 + 1 / 2 + 1 / 3 + 1 / 4))
+    assert batch.masked.any(-1).all()
+    sizes = torch.bincount(batch.masked.sum(-1), minlength=5)[1:] / N
+    expected = 1 / torch.arange(1, 5) / batch.weight[0]
+    assert ((sizes - expected).abs() < 0.015).all()
+
+
+def test_uniform_times_are_stratified_and_never_zero():
+    t = UniformTimes().draw(MaskingProcess(2, 2), 100, CPU).t
+    assert (t > 0).all()
+    assert (t <= 1).all()
+    assert torch.bincount((t * 9.9999).long(), minlength=10).tolist() == pytest.approx(
+        [10] * 10, abs=1
+    )
+
+
+def test_every_row_of_the_lattice_is_uniform():
+    process = MaskingProcess(2, 2)
+    first = torch.stack([UniformTimes().draw(process, 7, CPU).t[0] for _ in range(2000)])
+    assert abs(first.mean() - 0.5) < 4.5 * (1 / 12 / 2000) ** 0.5
+
+
+def test_atom():
+    process = MaskingProcess(2, 3)
+    draw = AtomTimes(0.3).draw(process, N, CPU)
+    atom = draw.t == 1
+    assert abs(atom.double().mean() - 0.3) < 0.01
+    assert (draw.weight[atom] == 1).all()
+    torch.testing.assert_close(draw.weight[~atom], 1 / draw.t[~atom])
+    # the atom falls on all times alike
+    assert abs(draw.t[~atom].mean() - 0.5) < 0.02
+    assert (AtomTimes(1.0).draw(process, 9, CPU).t == 1).all()
+    with pytest.raises(ValueError, match=r"share must be a probability in \[0, 1\], got 1.5"):
+        AtomTimes(1.5)
+    with pytest.raises(ValueError, match="continuous time"):
+        AtomTimes(0.3, GridTimes(2)).draw(process, 9, CPU)
+
+
+def test_grid_times():
+    process = MaskingProcess(2, 3)
+    draw = GridTimes([1, 4]).draw(process, N, CPU)
+    one = draw.weight == 1
+    assert abs(one.double().mean() - 0.5) < 0.02
+    assert (draw.t[one] == 1).all()
+    assert (draw.s[one] == 0).all()
+    assert (draw.weight[~one] == 4).all()
+    torch.testing.assert_close(draw.t[~one] - draw.s[~one], torch.full(((~one).sum(),), 0.25))
+    # on a grid, the DELBO is the Riemann sum of rho over the sampler's states
+    elbo = MaskedDiffusionELBO(process, times=GridTimes(4))
+    batch = elbo.draw(torch.zeros((N, 3), dtype=torch.long))
+    torch.testing.assert_close(batch.weight, 4 * 0.25 / batch.t)
+    assert (batch.target == batch.masked).all()
+    with pytest.raises(ValueError, match="empty list"):
+        GridTimes([])
+    with pytest.raises(ValueError, match="at least 1, got 0"):
+        GridTimes([2, 0])
