@@ -27,7 +27,12 @@ def _fresh_state() -> Iterator[None]:
 
 
 def small_pair(
-    prior: str, process: MaskingProcess, *, latent_dim: int = 2, width: int = 16, spread: float = 2.0
+    prior: str,
+    process: MaskingProcess,
+    *,
+    latent_dim: int = 2,
+    width: int = 16,
+    spread: float = 2.0,
 ) -> tuple[Any, Any]:
     """Model and guide with random weights, made large enough for the latent to matter."""
     sizes: dict[str, Any] = dict(hidden_dim=width, num_layers=2, embedding_dim=4)

@@ -65,7 +65,9 @@ class PerfectTiedBits:
             z = pyro.sample("z", dist.Categorical(torch.full((2,), 0.5)))
             seen = ~batch.masked.all(-1)
             visible = torch.where(batch.masked, 0, batch.x_t).amax(-1)
-            bit = torch.where(seen, visible, z).unsqueeze(-1).expand(*z.shape[:-1], *batch.x_t.shape)
+            bit = (
+                torch.where(seen, visible, z).unsqueeze(-1).expand(*z.shape[:-1], *batch.x_t.shape)
+            )
             return tokens((nn.functional.one_hot(bit, 2) * 200.0) - 100.0, batch)
 
 
@@ -331,9 +333,9 @@ def test_score_function_gradient_equals_the_enumerated_one(options):
     x_0 = torch.randint(3, (5, 2))
     weight = torch.rand(5) + 0.5
     exact_batch = process.corrupt(x_0, 1.0, weight=weight)
-    loss = MaskedDiffusionELBO(process)(
-        model, lambda b: guide(b, {"enumerate": "parallel"})
-    )(exact_batch)
+    loss = MaskedDiffusionELBO(process)(model, lambda b: guide(b, {"enumerate": "parallel"}))(
+        exact_batch
+    )
     (exact,) = torch.autograd.grad(loss, logits)
     copies = 4000
     batch = process.corrupt(x_0.repeat(copies, 1), 1.0, weight=weight.repeat(copies))

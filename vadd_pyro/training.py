@@ -135,8 +135,9 @@ class _Weights:
         known = {id(parameter) for parameter in self.named.values()}
         for name, node in trace.nodes.items():
             if node["type"] == "param":
-                parameter = node["value"].unconstrained()
-                if parameter.requires_grad and id(parameter) not in known:
+                value = node["value"]
+                parameter = value.unconstrained() if hasattr(value, "unconstrained") else value
+                if parameter.is_leaf and parameter.requires_grad and id(parameter) not in known:
                     known.add(id(parameter))
                     self.named[f"store.{name}"] = parameter
 
