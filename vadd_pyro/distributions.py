@@ -5,7 +5,7 @@ r"""Two distributions with one kernel each, and how categorical tokens are drawn
 ``Normal(...).to_event(1)`` without the wrappers. Both behave as the ordinary ones do, which may be
 used in their place.
 
-Tokens are drawn by inverting the cumulative distribution in double precision: single-precision
+Tokens are drawn by inverting the cumulative distribution, summed in double precision: single-precision
 Gumbel noise sharpens large vocabularies (Zheng et al. 2024, arXiv 2409.02908), and a
 single-precision cumulative sum may end below one.
 """
@@ -34,14 +34,22 @@ def draw_categorical(logits: Tensor) -> Tensor:
     """One draw per row of ``logits (..., K)``, normalised or not: ``(...,)`` long in ``0..K-1``.
 
     Inverse CDF: the first category whose cumulative probability exceeds ``u * total``, so a
-    category of probability zero is never drawn and neither is one past the last.
+    category of probability zero is never drawn and neither is one past the last. Two categories
+    need one comparison, up to 64 a count of those passed, more a bisection.
     """
-    flat = logits.reshape(-1, logits.shape[-1])
-    cdf = torch.softmax(flat.detach(), -1).cumsum(-1, dtype=torch.double)
+    shape, vocab_size = logits.shape[:-1], logits.shape[-1]
+    flat = logits.detach().reshape(-1, vocab_size)
+    if vocab_size == 2:
+        odds = flat[:, 1] - flat[:, 0]
+        u = torch.rand(odds.shape, dtype=torch.double, device=odds.device)
+        return (u < torch.sigmoid(odds)).long().reshape(shape)
+    cdf = torch.softmax(flat, -1).cumsum(-1, dtype=torch.double)
     total = cdf[:, -1:]
     u = torch.rand(total.shape, dtype=torch.double, device=cdf.device) * total
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
-    return torch.searchsorted(cdf, u, right=True).reshape(logits.shape[:-1])
+    if vocab_size <= 64:
+        return (cdf <= u).sum(-1).reshape(shape)
+    return torch.searchsorted(cdf, u, right=True).reshape(shape)
 
 
 class TokenCategorical(TorchDistribution):
@@ -92,10 +100,11 @@ class TokenCategorical(TorchDistribution):
         if self.target is not None:
             value = value.masked_fill(~self.target, _IGNORED)
         logits = self.logits
-        shape = torch.broadcast_shapes(value.shape, logits.shape[:-1])
-        if shape != logits.shape[:-1]:
+        shape = logits.shape[:-1]
+        if value.shape != shape:
+            shape = torch.broadcast_shapes(value.shape, shape)
             logits = logits.expand(shape + logits.shape[-1:])
-        value = value.expand(shape)
+            value = value.expand(shape)
         loss = cross_entropy(
             logits.reshape(-1, logits.shape[-1]),
             value.reshape(-1),

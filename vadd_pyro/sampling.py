@@ -68,17 +68,21 @@ class _Generator(Recorder):
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and msg["name"] == "x_0":
             if msg["value"] is None and not msg["done"]:
-                logits = token_logits(msg["fn"])
-                value = torch.zeros(self.wanted.shape, dtype=torch.long, device=self.wanted.device)
-                wanted = self.wanted
-                value[wanted] = draw_categorical(
-                    logits.expand(wanted.shape + logits.shape[-1:])[wanted]
-                )
-                msg["value"] = value
+                msg["value"] = self._draw(token_logits(msg["fn"]))
                 msg["done"] = True
             self.tokens = msg["value"]
         else:
             super()._process_message(msg)
+
+    def _draw(self, logits: Tensor) -> Tensor:
+        """Tokens ``(B, D)``; where few are wanted, only those are drawn."""
+        wanted = self.wanted
+        logits = logits.expand(wanted.shape + logits.shape[-1:])
+        if 2 * int(wanted.sum()) > wanted.numel():
+            return draw_categorical(logits)
+        tokens = torch.zeros(wanted.shape, dtype=torch.long, device=wanted.device)
+        tokens[wanted] = draw_categorical(logits[wanted])
+        return tokens
 
 
 def _generate(

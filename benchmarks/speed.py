@@ -1,0 +1,315 @@
+"""Training step and sampling pass against hand-written PyTorch, in the same run.
+
+Networks and arithmetic are equal on both sides; variants take turns, and what is printed is the ratio of medians over the rounds. Usage:
+
+    python benchmarks/speed.py [--sizes tiny,toy256] [--rounds 30] [--threads 1] [--json FILE]
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import json
+import platform
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import pyro.distributions as dist
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models, sample
+from vadd_pyro.nn import MLPDecoder, MLPEncoder
+
+
+class Size(NamedTuple):
+    """One line of the table."""
+
+    length: int
+    vocab_size: int
+    batch_size: int
+    hidden_dim: int
+    embedding_dim: int
+    latent_dim: int
+    steps: int  # training steps per timed round
+    network: str = "mlp"
+    sample_rows: int = 1000
+
+
+SIZES = {
+    "tiny": Size(2, 8, 32, 16, 4, 2, 60, sample_rows=1000),
+    "toy256": Size(2, 100, 256, 256, 32, 2, 12, sample_rows=10_000),
+    "toy1024": Size(2, 100, 1024, 256, 32, 2, 4, sample_rows=10_000),
+    "bin64": Size(64, 2, 256, 256, 4, 16, 10),
+    "bin784": Size(784, 2, 256, 256, 4, 16, 4),
+    "text": Size(64, 64, 64, 128, 128, 16, 1, "transformer", 64),
+}
+TARGETS = {  # eager, ordinary user model / the package's own distributions
+    "tiny": (1.7, None),
+    "toy256": (1.12, 1.07),
+    "toy1024": (1.06, 1.03),
+    "bin784": (1.04, 1.03),
+    "text": (1.04, None),
+}
+
+
+class Trunk(nn.Module):
+    """Two transformer layers over embedded tokens plus a vector per row."""
+
+    def __init__(self, vocab_size: int, length: int, width: int) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(vocab_size, width)
+        self.position = nn.Parameter(0.02 * torch.randn(length, width))
+        layer = nn.TransformerEncoderLayer(
+            width, 4, 4 * width, dropout=0.0, batch_first=True, norm_first=True
+        )
+        self.layers = nn.TransformerEncoder(layer, 2, enable_nested_tensor=False)
+
+    def forward(self, x: Tensor, extra: Tensor) -> Tensor:
+        return self.layers(self.embedding(x) + self.position + extra)
+
+
+class TextDecoder(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.trunk = Trunk(size.vocab_size + 1, size.length, size.hidden_dim)
+        self.latent = nn.Linear(size.latent_dim, size.hidden_dim)
+        self.head = nn.Linear(size.hidden_dim, size.vocab_size)
+
+    def forward(self, x_t: Tensor, z: Tensor, t: Tensor) -> Tensor:
+        return self.head(self.trunk(x_t, self.latent(z).unsqueeze(-2)))
+
+
+class TextEncoder(nn.Module):
+    def __init__(self, size: Size) -> None:
+        super().__init__()
+        self.trunk = Trunk(size.vocab_size, size.length, size.hidden_dim)
+        self.status = nn.Embedding(3, size.hidden_dim)
+        self.head = nn.Linear(size.hidden_dim, 2 * size.latent_dim)
+
+    def forward(self, batch: Any) -> tuple[Tensor, Tensor]:
+        status = self.status(batch.masked.long() + batch.target.long())
+        z_loc, raw = self.head(self.trunk(batch.x_0, status).mean(-2)).chunk(2, -1)
+        return z_loc, nn.functional.softplus(raw) + 1e-4
+
+
+def networks(size: Size, process: MaskingProcess) -> tuple[nn.Module, nn.Module]:
+    if size.network == "transformer":
+        return TextDecoder(size), TextEncoder(size)
+    shape: dict[str, Any] = dict(
+        hidden_dim=size.hidden_dim, num_layers=3, embedding_dim=size.embedding_dim
+    )
+    return (
+        MLPDecoder(process, size.latent_dim, **shape),
+        MLPEncoder(process, size.latent_dim, **shape),
+    )
+
+
+def optimiser(*modules: nn.Module) -> torch.optim.Optimizer:
+    return torch.optim.Adam([p for m in modules for p in m.parameters()], lr=1e-3, fused=True)
+
+
+class Fields:
+    """The least a hand-written loop would pass on."""
+
+    def __init__(self, x_0: Tensor, masked: Tensor) -> None:
+        self.x_0, self.masked, self.target = x_0, masked, masked
+
+
+def yardstick(
+    size: Size, decoder: nn.Module, encoder: nn.Module, x_0: Tensor
+) -> Callable[[], None]:
+    adam = optimiser(decoder, encoder)
+    batch, length = x_0.shape
+    mask_id = size.vocab_size
+
+    def step() -> None:
+        t = 1 - (torch.rand(()) + torch.arange(batch) / batch) % 1
+        masked = torch.rand(batch, length) < t.unsqueeze(-1)
+        x_t = x_0.masked_fill(masked, mask_id)
+        z_loc, z_scale = encoder(Fields(x_0, masked))
+        z = z_loc + z_scale * torch.randn_like(z_loc)
+        logits = decoder(x_t, z, t)
+        loss = cross_entropy(
+            logits.reshape(-1, size.vocab_size),
+            x_0.masked_fill(~masked, -100).reshape(-1),
+            ignore_index=-100,
+            reduction="none",
+        )
+        nll = loss.reshape(batch, length).sum(-1)
+        kl = (0.5 * (z_loc.square() + z_scale.square() - 1) - z_scale.log()).sum(-1)
+        total = torch.where(masked.any(-1), (nll + kl) / t, 0.0).sum() / batch
+        adam.zero_grad(set_to_none=True)
+        total.backward()
+        adam.step()
+
+    return step
+
+
+class UserModel(nn.Module):
+    """What a user writes who has read a Pyro tutorial."""
+
+    def __init__(self, decoder: nn.Module, latent_dim: int) -> None:
+        super().__init__()
+        self.decoder = decoder
+        self.latent_dim = latent_dim
+
+    def forward(self, batch: Any) -> None:
+        with pyro.plate("data", len(batch.x_t), dim=-1):
+            prior = dist.Normal(torch.zeros(self.latent_dim), torch.ones(self.latent_dim))
+            z = pyro.sample("z", prior.to_event(1))
+            logits = self.decoder(batch.x_t, z, batch.t)
+            law = dist.Categorical(logits=logits).mask(batch.target).to_event(1)
+            pyro.sample("x_0", law, obs=batch.x_0)
+
+
+class UserGuide(nn.Module):
+    def __init__(self, encoder: nn.Module) -> None:
+        super().__init__()
+        self.encoder = encoder
+
+    def forward(self, batch: Any) -> None:
+        with pyro.plate("data", len(batch.x_t), dim=-1):
+            z_loc, z_scale = self.encoder(batch)
+            pyro.sample("z", dist.Normal(z_loc, z_scale).to_event(1))
+
+
+def ours(
+    model: nn.Module, guide: nn.Module, process: MaskingProcess, x_0: Tensor
+) -> Callable[[], None]:
+    loss_of = MaskedDiffusionELBO(process)(model, guide)
+    adam = optimiser(loss_of)
+    rows = len(x_0)
+
+    def step() -> None:
+        loss = loss_of(x_0) / rows
+        adam.zero_grad(set_to_none=True)
+        loss.backward()
+        adam.step()
+
+    return step
+
+
+def medians(variants: dict[str, Callable[[], Any]], repeats: int, rounds: int) -> dict[str, float]:
+    """Median seconds per call of each variant, over alternated rounds."""
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for name, call in variants.items():
+        for _ in range(max(2, repeats // 4)):
+            call()
+    for _ in range(rounds):
+        for name, call in variants.items():
+            start = time.perf_counter()
+            for _ in range(repeats):
+                call()
+            times[name].append((time.perf_counter() - start) / repeats)
+    return {name: statistics.median(values) for name, values in times.items()}
+
+
+def time_training(name: str, rounds: int) -> dict[str, float]:
+    size = SIZES[name]
+    process = MaskingProcess(size.vocab_size, size.length)
+    torch.manual_seed(0)
+    x_0 = torch.randint(size.vocab_size, (size.batch_size, size.length))
+    decoder, encoder = networks(size, process)
+    pairs = [copy.deepcopy((decoder, encoder)) for _ in range(3)]
+    variants = {
+        "yardstick": yardstick(size, *pairs[0], x_0),
+        "user": ours(
+            UserModel(pairs[1][0], size.latent_dim), UserGuide(pairs[1][1]), process, x_0
+        ),
+        "package": ours(
+            models.VADD(pairs[2][0], models.StandardNormal(size.latent_dim)),
+            guides.AmortizedNormal(pairs[2][1]),
+            process,
+            x_0,
+        ),
+    }
+    return medians(variants, size.steps, rounds)
+
+
+def naive_sampler(size: Size, decoder: nn.Module, rows: int, num_steps: int) -> Tensor:
+    """Gumbel noise over all positions of all rows, at every step."""
+    x = torch.full((rows, size.length), size.vocab_size)
+    for i in range(num_steps, 0, -1):
+        t, s = i / num_steps, (i - 1) / num_steps
+        z = torch.randn(rows, size.latent_dim)
+        logits = decoder(x, z, torch.full((rows,), t))
+        noise = -torch.log(-torch.log(torch.rand_like(logits).clamp_min(1e-20)))
+        drawn = (logits + noise).argmax(-1)
+        reveal = (x == size.vocab_size) & (torch.rand(x.shape) < (t - s) / t)
+        x = torch.where(reveal, drawn, x)
+    return x
+
+
+def time_sampling(name: str, num_steps: int, rounds: int) -> dict[str, float]:
+    size = SIZES[name]
+    process = MaskingProcess(size.vocab_size, size.length)
+    torch.manual_seed(0)
+    decoder, _ = networks(size, process)
+    model = models.VADD(decoder, models.StandardNormal(size.latent_dim))
+    with torch.no_grad():
+        return medians(
+            {
+                "naive": lambda: naive_sampler(size, decoder, size.sample_rows, num_steps),
+                "package": lambda: sample(model, process, size.sample_rows, num_steps),
+            },
+            1,
+            max(3, rounds // 4),
+        )
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument("--sizes", default=",".join(SIZES), help="which sizes, by comma")
+    parser.add_argument("--rounds", type=int, default=30)
+    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--json", default=None, help="file for the figures")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    names = arguments.sizes.split(",")
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": arguments.threads,
+        "rounds": arguments.rounds,
+        "training": {},
+        "sampling": {},
+    }
+    print(
+        f"{'training step':<14} {'yardstick ms':>13} {'user model':>11} {'target':>7} "
+        f"{'package':>8} {'target':>7}"
+    )
+    with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+        for name in names:
+            seconds = time_training(name, arguments.rounds)
+            base = seconds["yardstick"]
+            results["training"][name] = seconds
+            targets = ["-" if t is None else f"{t:.2f}" for t in TARGETS.get(name, (None, None))]
+            print(
+                f"{name:<14} {1e3 * base:>13.3f} {seconds['user'] / base:>11.3f} {targets[0]:>7} "
+                f"{seconds['package'] / base:>8.3f} {targets[1]:>7}",
+                flush=True,
+            )
+        print(f"\n{'sampling':<14} {'steps':>6} {'naive ms':>9} {'package':>8}")
+        for name in names:
+            for num_steps in (1, 10):
+                seconds = time_sampling(name, num_steps, arguments.rounds)
+                results["sampling"][f"{name}/{num_steps}"] = seconds
+                print(
+                    f"{name:<14} {num_steps:>6} {1e3 * seconds['naive']:>9.2f} "
+                    f"{seconds['package'] / seconds['naive']:>8.3f}",
+                    flush=True,
+                )
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
