@@ -1,6 +1,7 @@
 """Training step and sampling pass against hand-written PyTorch, in the same run.
 
-Networks and arithmetic are equal on both sides; variants take turns, and what is printed is the ratio of medians over the rounds. Usage:
+Networks and arithmetic are equal on both sides; variants take turns, and what is printed is the
+ratio of medians over the rounds. Usage:
 
     python benchmarks/speed.py [--sizes tiny,toy256] [--rounds 30] [--threads 1] [--json FILE]
 """
@@ -199,7 +200,7 @@ def ours(
 def medians(variants: dict[str, Callable[[], Any]], repeats: int, rounds: int) -> dict[str, float]:
     """Median seconds per call of each variant, over alternated rounds."""
     times: dict[str, list[float]] = {name: [] for name in variants}
-    for name, call in variants.items():
+    for call in variants.values():
         for _ in range(max(2, repeats // 4)):
             call()
     for _ in range(rounds):

@@ -121,7 +121,8 @@ def test_the_chain_trains_under_stock_pyro_and_predictive_draws_from_it():
 
 
 def test_the_exact_posterior_as_guide_makes_every_draw_exact():
-    # At T = 1 with a summable latent, guided by its exact posterior, Trace_ELBO has no variance but reveal's.
+    # At T = 1 with a summable latent, guided by its exact posterior, Trace_ELBO has no variance
+    # but reveal's.
     model = DiscreteModel()
     x_0 = torch.randint(3, (10, 3))
 

@@ -58,7 +58,7 @@ class Fixed(Messenger):
 
 
 class PerfectTiedBits:
-    """The true reverse step of tied bits: a fair code while nothing is visible, the visible bit after that."""
+    """The true reverse step: a fair code while nothing is visible, then the visible bit."""
 
     def __call__(self, batch):
         with pyro.plate("data", len(batch), dim=-1):
@@ -72,7 +72,10 @@ class PerfectTiedBits:
 
 
 def tied_guide(batch):
-    """The exact posterior that sees the targets: the row's bit where they decide it, the prior elsewhere."""
+    """The exact posterior that sees the targets:
+
+    The row's bit where they decide it, the prior elsewhere.
+    """
     with pyro.plate("data", len(batch), dim=-1):
         decides = (batch.masked.all(-1) & batch.target.any(-1)).unsqueeze(-1)
         known = nn.functional.one_hot(batch.x_0[:, 0], 2).float()
@@ -177,7 +180,10 @@ def top_down(batch):
 
 
 def exact_kl_bottom_up():
-    """``E_q log q - E_q log p`` with ``z1 = -z2 + sqrt(.1) e``: 2.75 nats, and 1.75 if taken site by site."""
+    """``E_q log q - E_q log p`` with ``z1 = -z2 + sqrt(.1) e``:
+
+    2.75 nats, and 1.75 if taken site by site.
+    """
     entropy = math.log(2 * math.pi) + 1 + 0.5 * math.log(0.1)
     cross = math.log(2 * math.pi) + 0.5 * 1.1 + 0.5 * (4 + 0.1)
     return cross - entropy

@@ -1,4 +1,6 @@
-"""Both parameter regimes of Pyro, several models in one process, and Pyro's own tools around a program."""
+"""Both parameter regimes of Pyro, several models in one process, and Pyro's own tools around a
+program.
+"""
 
 from __future__ import annotations
 

@@ -26,7 +26,7 @@ from vadd_pyro import (
     metrics,
 )
 from vadd_pyro.checkpoints import load_checkpoint, save_checkpoint
-from vadd_pyro.training import _Batches, _learning_rate
+from vadd_pyro.trainer import Batches, scheduled_rate
 
 PROCESS = MaskingProcess(2, 3)
 X = data.tied_bits(3).sample(300)
@@ -212,24 +212,24 @@ def test_the_random_state_outside_is_left_alone():
 
 def test_batches_visit_every_row_once_an_epoch():
     rows = torch.arange(10).unsqueeze(-1)
-    batches = _Batches(rows, 4, seed=1, device=torch.device("cpu"))
+    batches = Batches(rows, 4, seed=1, device=torch.device("cpu"))
     seen = torch.cat([batches(i).flatten() for i in range(5)])
     assert sorted(seen[:10].tolist()) == list(range(10))
     assert sorted(seen[10:].tolist()) == list(range(10))
     assert seen[:10].tolist() != seen[10:].tolist()
-    again = _Batches(rows, 4, seed=1, device=torch.device("cpu"))
+    again = Batches(rows, 4, seed=1, device=torch.device("cpu"))
     assert (again(3) == batches(3)).all()
-    large = _Batches(rows, 25, seed=1, device=torch.device("cpu"))
+    large = Batches(rows, 25, seed=1, device=torch.device("cpu"))
     assert len(large(0)) == 25
 
 
 def test_learning_rate_schedule():
-    rates = [_learning_rate(i, 2.0, 4, 10, "cosine", 0.1) for i in range(11)]
+    rates = [scheduled_rate(i, 2.0, 4, 10, "cosine", 0.1) for i in range(11)]
     assert rates[:5] == pytest.approx([0.5, 1.0, 1.5, 2.0, 2.0])
     assert rates[10] == pytest.approx(0.2)
     assert rates[7] == pytest.approx(2 * (0.1 + 0.9 * 0.5))
-    assert _learning_rate(9, 2.0, 0, 10, "constant", 0.0) == 2.0
-    assert _learning_rate(5, 2.0, 0, 10, "linear", 0.0) == 1.0
+    assert scheduled_rate(9, 2.0, 0, 10, "constant", 0.0) == 2.0
+    assert scheduled_rate(5, 2.0, 0, 10, "linear", 0.0) == 1.0
 
 
 def test_another_optimiser_is_scheduled_relative_to_its_own_rate():

@@ -127,8 +127,9 @@ def unroll(
     Returns:
         A module; ``chain(x_0)`` scores rows, ``chain(num_rows=n)`` generates them.
 
-    Example:
-        >>> pair = unroll(model, process, 3), unroll(guide, process, 3)  # doctest: +SKIP
-        >>> pyro.infer.Trace_ELBO().loss(*pair, x_0)  # doctest: +SKIP
+    Example::
+
+        pair = unroll(model, process, 3), unroll(guide, process, 3)
+        pyro.infer.Trace_ELBO().loss(*pair, x_0)
     """
     return Chain(step, process, make_time_grid(num_steps, time_grid))

@@ -69,7 +69,8 @@ def check_pair(guide: Recorder, model: Recorder) -> None:
         if name not in model.sites:
             raise ValueError(
                 f"the guide samples {name!r}, which the model lacks (the model has "
-                f"{_names(model)}): rename it, or mark it as auxiliary (infer=dict(is_auxiliary=True))"
+                f"{_names(model)}): rename it, or mark it as a helper of the guide's own, "
+                "infer={'is_auxiliary': True}"
             )
         if model.sites[name].observed:
             raise ValueError(

@@ -5,9 +5,9 @@ r"""Two distributions with one kernel each, and how categorical tokens are drawn
 ``Normal(...).to_event(1)`` without the wrappers. Both behave as the ordinary ones do, which may be
 used in their place.
 
-Tokens are drawn by inverting the cumulative distribution, summed in double precision: single-precision
-Gumbel noise sharpens large vocabularies (Zheng et al. 2024, arXiv 2409.02908), and a
-single-precision cumulative sum may end below one.
+Tokens are drawn by inverting the cumulative distribution, summed in double precision:
+single-precision Gumbel noise sharpens large vocabularies (Zheng et al. 2024, arXiv 2409.02908),
+and a single-precision cumulative sum may end below one.
 """
 
 from __future__ import annotations

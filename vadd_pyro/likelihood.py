@@ -93,10 +93,6 @@ def log_likelihood_bound(
 
     Returns:
         :class:`Bound`, a pair ``(value, stderr)`` of ``(B,)`` tensors.
-
-    Example:
-        >>> value, stderr = log_likelihood_bound(model, guide, process, x_0, num_steps=4)  #
-        doctest: +SKIP
     """
     x_0 = process.check_tokens(x_0).to(device_of(model, x_0.device))
     grid = make_time_grid(num_steps, time_grid)

@@ -8,162 +8,21 @@ CPU. ``pyro.infer.SVI`` trains the same pair; :func:`fit` is faster and keeps mo
 
 from __future__ import annotations
 
-import math
-import time
 from collections.abc import Callable
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import pyro
-import pyro.poutine as poutine
 import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vadd_pyro.checkpoints import (
-    load_checkpoint,
-    random_state,
-    restore_random_state,
-    save_checkpoint,
-)
+from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.programs import check_store
+from vadd_pyro.trainer import Batches, History, NonFiniteLossError, Run, Weights
 
 __all__ = ["History", "NonFiniteLossError", "fit", "fit_guide"]
-
-_SMOOTHING = 0.98
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or its gradient is no number any more; training stopped before the update."""
-
-
-@dataclass
-class History:
-    """What happened during a run, one entry per logged iteration.
-
-    Args:
-        iteration: number of updates done.
-        loss: mean loss per row since the entry before, nats.
-        kl: the KL part of it before ``lambda``, nats per row.
-        kl_weight: ``lambda``.
-        learning_rate: step size.
-        seconds: training time so far, over all resumed parts.
-    """
-
-    iteration: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    kl_weight: list[float] = field(default_factory=list)
-    learning_rate: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, list[float]]:
-        """Columns by name."""
-        return {name: list(getattr(self, name)) for name in self.__dataclass_fields__}
-
-
-class _Batches:
-    """Rows in a new random order every epoch, a function of the seed and the iteration alone."""
-
-    def __init__(self, data: Tensor, batch_size: int, seed: int, device: torch.device) -> None:
-        self.data = data.to(device)
-        self.batch_size = batch_size
-        self.seed = seed
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.long)
-
-    def _rows(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = torch.randperm(len(self.data), generator=generator).to(self.data.device)
-            self._epoch = epoch
-        return self._order
-
-    def __call__(self, iteration: int) -> Tensor:
-        epoch, start = divmod(iteration * self.batch_size, len(self.data))
-        pieces, missing = [], self.batch_size
-        while missing:
-            piece = self._rows(epoch)[start : start + missing]
-            pieces.append(piece)
-            missing -= len(piece)
-            epoch, start = epoch + 1, 0
-        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return self.data[rows]
-
-
-def _learning_rate(
-    iteration: int, base: float, warmup: int, num_iterations: int, decay: str, final: float
-) -> float:
-    """Step size before update ``iteration`` (from 0).
-
-    Linear warm-up, then constant, cosine or linear to ``final * base``.
-    """
-    if iteration < warmup:
-        return base * (iteration + 1) / warmup
-    if decay == "constant":
-        return base
-    progress = (iteration - warmup) / max(1, num_iterations - warmup)
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1 - progress
-    return base * (final + (1 - final) * share)
-
-
-class _Weights:
-    """All parameters of a pair of programs by name.
-
-    Those of modules, and those a function keeps in Pyro's store.
-    """
-
-    def __init__(self, model: Any, guide: Any) -> None:
-        self.modules = {
-            name: program
-            for name, program in (("model", model), ("guide", guide))
-            if isinstance(program, nn.Module)
-        }
-        self.named: dict[str, Tensor] = {}
-        known: set[int] = set()
-        for prefix, module in self.modules.items():
-            for name, parameter in module.named_parameters():
-                if parameter.requires_grad and id(parameter) not in known:
-                    known.add(id(parameter))
-                    self.named[f"{prefix}.{name}"] = parameter
-
-    def add_from_store(self, trace: Any) -> None:
-        """Take over parameters that the programs named to Pyro and that no module holds."""
-        known = {id(parameter) for parameter in self.named.values()}
-        for name, node in trace.nodes.items():
-            if node["type"] == "param":
-                value = node["value"]
-                parameter = value.unconstrained() if hasattr(value, "unconstrained") else value
-                if parameter.is_leaf and parameter.requires_grad and id(parameter) not in known:
-                    known.add(id(parameter))
-                    self.named[f"store.{name}"] = parameter
-
-    def values(self) -> list[Tensor]:
-        return list(self.named.values())
-
-    def state(self) -> dict[str, Any]:
-        buffers = {name: module.state_dict() for name, module in self.modules.items()}
-        store = {n: p.detach() for n, p in self.named.items() if n.startswith("store.")}
-        return {**buffers, "store": store}
-
-    def load(self, state: dict[str, Any], path: Path) -> None:
-        for name, module in self.modules.items():
-            try:
-                module.load_state_dict(state[name])
-            except (KeyError, RuntimeError) as error:
-                raise ValueError(f"{path} does not fit this {name}: {error}") from error
-        stored, held = state["store"], {n for n in self.named if n.startswith("store.")}
-        if set(stored) != held:
-            raise ValueError(
-                f"{path} does not fit: it has parameters {sorted(stored)}, the programs "
-                f"{sorted(held)}"
-            )
-        with torch.no_grad():
-            for name, value in stored.items():
-                self.named[name].copy_(value)
 
 
 def _check_arguments(**arguments: Any) -> None:
@@ -254,11 +113,11 @@ def fit(
         **{k: v for k, v in locals().items() if k not in ("model", "guide", "elbo", "data")}
     )
     process = elbo.process
-    weights = _Weights(model, guide)
+    weights = Weights(model, guide)
     check_store(model, guide)
     device = next((p.device for p in weights.values()), torch.empty(0).device)
     if isinstance(data, Tensor):
-        batches: Callable[[int], Tensor] = _Batches(
+        batches: Callable[[int], Tensor] = Batches(
             process.check_tokens(data, "data"), batch_size, seed, device
         )
         size: int | None = len(data)
@@ -286,7 +145,7 @@ def fit(
     outside = random_state()
     try:
         pyro.set_rng_seed(seed)
-        run = _Run(model, guide, elbo, weights, batches, configuration)
+        run = Run(model, guide, elbo, weights, batches, configuration)
         run.prepare(optimizer)
         if resume and path is not None and path.exists():
             run.load(path, device)
@@ -313,188 +172,6 @@ def fit(
     finally:
         restore_random_state(outside)
     return run.history
-
-
-class _Run:
-    """State of one training run."""
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        guide: Callable[..., Any],
-        elbo: MaskedDiffusionELBO,
-        weights: _Weights,
-        batches: Callable[[int], Tensor],
-        configuration: dict[str, Any],
-    ) -> None:
-        self.model, self.guide, self.elbo = model, guide, elbo
-        self.weights = weights
-        self.batches = batches
-        self.configuration = configuration
-        self.iteration = 0
-        self.history = History()
-        self.smooth_loss = math.nan
-        self.smooth_kl = math.nan
-        self.elapsed = 0.0
-        self.average: list[Tensor] | None = None
-        self._since: list[tuple[float, float]] = []
-        self._mark = time.perf_counter()
-
-    def prepare(self, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None) -> None:
-        """Run the pair once, fully validated, to find bad programs and all parameters.
-
-        Then make the optimiser.
-        """
-        state = random_state()
-        self.elbo.iteration = 0
-        with pyro.validation_enabled(True), poutine.trace(param_only=True) as capture:
-            self.elbo.loss(self.model, self.guide, self.batches(0))
-        self.weights.add_from_store(capture.trace)
-        restore_random_state(state)
-        parameters = self.weights.values()
-        if not parameters:
-            raise ValueError(
-                "model and guide have no parameters to train: expected torch modules, or "
-                "functions that use pyro.param or pyro.module"
-            )
-        self.parameters = parameters
-        if optimizer is None:
-            self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
-                parameters, lr=self.configuration["learning_rate"], fused=True
-            )
-        else:
-            self.optimizer = optimizer(parameters)
-        self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
-        if self.configuration["ema_decay"] is not None:
-            self.average = [parameter.detach().clone() for parameter in parameters]
-        for program in self.weights.modules.values():
-            program.train()
-
-    def rate(self, base: float) -> float:
-        """Scheduled step size."""
-        c = self.configuration
-        return _learning_rate(
-            self.iteration,
-            base,
-            c["warmup"],
-            c["num_iterations"],
-            c["decay"],
-            c["final_learning_rate"],
-        )
-
-    def step(self) -> None:
-        """One update."""
-        x_0 = self.batches(self.iteration)
-        self.elbo.iteration = self.iteration
-        with ExitStack() as stack:
-            if self.iteration:
-                stack.enter_context(pyro.validation_enabled(False))
-            terms = self.elbo.terms(self.model, self.guide, x_0)
-            loss = terms.loss / len(x_0)
-            value = loss.item()
-            if not math.isfinite(value):
-                culprit = "KL" if not terms.kl.isfinite() else "reconstruction"
-                raise NonFiniteLossError(
-                    f"the loss is {value} at iteration {self.iteration}, its {culprit} term is "
-                    "not finite; training stopped before the update and the last checkpoint is "
-                    "intact. A smaller learning_rate, a warmup or a smaller clip_norm may help"
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        clip = self.configuration["clip_norm"]
-        if clip is not None:
-            norm = float(nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True))
-            if not math.isfinite(norm):
-                raise NonFiniteLossError(
-                    f"the gradient's norm is {norm} at iteration {self.iteration}, though the "
-                    f"loss is {value:.6g}; training stopped before the update and the last "
-                    "checkpoint is intact"
-                )
-        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = self.rate(base)
-        self.optimizer.step()
-        self.iteration += 1
-        if self.average is not None:
-            # Starts with a short memory, so that the first weights are soon forgotten.
-            decay = min(
-                self.configuration["ema_decay"], (1 + self.iteration) / (10 + self.iteration)
-            )
-            with torch.no_grad():
-                torch._foreach_lerp_(
-                    self.average, [p.detach() for p in self.parameters], 1 - decay
-                )
-        kl = terms.kl.item() / len(x_0)
-        self._since.append((value, kl))
-        first = math.isnan(self.smooth_loss)
-        keep = 0.0 if first else _SMOOTHING
-        self.smooth_loss = (0.0 if first else keep * self.smooth_loss) + (1 - keep) * value
-        self.smooth_kl = (0.0 if first else keep * self.smooth_kl) + (1 - keep) * kl
-
-    def log(self) -> None:
-        """One entry of the history: means since the last one."""
-        self._tick()
-        losses, kls = zip(*self._since, strict=True)
-        self._since = []
-        history = self.history
-        history.iteration.append(self.iteration)
-        history.loss.append(sum(losses) / len(losses))
-        history.kl.append(sum(kls) / len(kls))
-        history.kl_weight.append(self.elbo.current_kl_weight())
-        history.learning_rate.append(self.optimizer.param_groups[0]["lr"])
-        history.seconds.append(self.elapsed)
-
-    def _tick(self) -> None:
-        now = time.perf_counter()
-        self.elapsed += now - self._mark
-        self._mark = now
-
-    def save(self, path: Path) -> None:
-        """Write everything that a resume needs."""
-        self._tick()
-        save_checkpoint(
-            path,
-            {
-                "configuration": self.configuration,
-                "iteration": self.iteration,
-                "weights": self.weights.state(),
-                "average": self.average,
-                "parameter_names": list(self.weights.named),
-                "optimizer": self.optimizer.state_dict(),
-                "random": random_state(),
-                "history": self.history.to_dict(),
-                "since": [list(pair) for pair in self._since],
-                "smooth": [self.smooth_loss, self.smooth_kl],
-                "elapsed": self.elapsed,
-            },
-        )
-
-    def load(self, path: Path, device: torch.device) -> None:
-        """Continue where a checkpoint ends."""
-        content = load_checkpoint(path, map_location=device)
-        saved = content["configuration"]
-        for name, value in self.configuration.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"{path} belongs to another run: its {name} is {saved.get(name)!r}, this "
-                    f"call's is {value!r}"
-                )
-        self.weights.load(content["weights"], path)
-        self.optimizer.load_state_dict(content["optimizer"])
-        self.average = content["average"]
-        self.iteration = content["iteration"]
-        self.history = History(**content["history"])
-        self._since = [(float(loss), float(kl)) for loss, kl in content["since"]]
-        self.smooth_loss, self.smooth_kl = content["smooth"]
-        self.elapsed = content["elapsed"]
-        restore_random_state(content["random"])
-
-    def finish(self) -> None:
-        """Leave the averaged weights in the programs."""
-        self.elbo.iteration = self.iteration
-        if self.average is not None:
-            with torch.no_grad():
-                for parameter, average in zip(self.parameters, self.average, strict=True):
-                    parameter.copy_(average)
 
 
 def fit_guide(
