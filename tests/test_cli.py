@@ -25,7 +25,7 @@ def test_the_demo_prints_a_table_and_writes_results_and_a_figure(tmp_path):
     out = tmp_path / "a" / "demo"
     result = run(
         *("-m", "vadd_pyro", "demo", "--data", "eight_modes", "--num-iterations", "20"),
-        *("--priors", "none,conditional_normal,categorical", "--seed", "3", "--out", str(out)),
+        *("--priors", "none,standard_normal,categorical", "--seed", "3", "--out", str(out)),
         cwd=tmp_path,
     )
     assert result.returncode == 0, result.stderr

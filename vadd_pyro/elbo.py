@@ -205,7 +205,9 @@ class MaskedDiffusionELBO(ELBO):
             )
         vectorized = self.num_particles > 1 and self.vectorize_particles
         num_runs = 1 if vectorized else self.num_particles
-        runs = [self._run(model, guide, batch, vectorized, args, kwargs) for _ in range(num_runs)]
+        runs = [
+            self.record(model, guide, batch, vectorized, args, kwargs) for _ in range(num_runs)
+        ]
         active = batch.target.any(-1)
         options: dict[str, Any] = dict(
             active=active,
@@ -236,15 +238,17 @@ class MaskedDiffusionELBO(ELBO):
             torch.stack(surrogates).mean() if surrogates else None,
         )
 
-    def _run(
+    def record(
         self,
         model: StepProgram,
         guide: StepProgram,
         batch: MaskedBatch,
-        vectorized: bool,
-        args: tuple[Any, ...],
-        kwargs: dict[str, Any],
+        vectorized: bool = False,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> tuple[Recorder, Recorder]:
+        """Run the pair once on a batch, the model with the guide's values: what each did."""
+        kwargs = {} if kwargs is None else kwargs
         first_dim = -1 - self.row_plates - int(vectorized)
 
         def particles() -> Any:

@@ -81,7 +81,8 @@ def log_likelihood_bound(
         process: their forward process.
         x_0: clean tokens, ``(B, D)``.
         num_steps: ``T``.
-        num_particles: importance samples ``P`` per step; more is tighter.
+        num_particles: importance samples ``P`` per step; more is tighter. Not used where every
+            latent is summed out.
         num_draws: independent draws of path and latents, at least 2 for a standard error.
         time_grid: a grid of your own, ``(T + 1,)``.
         vectorize_particles: particles along a dimension of their own; False needs
@@ -98,6 +99,11 @@ def log_likelihood_bound(
     grid = make_time_grid(num_steps, time_grid)
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
+    with seeded(seed), evaluation(model, guide):
+        probe = process.corrupt(x_0[:1], 1.0)
+        inferred, _ = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
+    if all(site.observed for site in inferred.sites.values()):
+        num_particles = 1  # every latent is summed out: particles would all be the same
     elbo = MaskedDiffusionELBO(
         process,
         objective="chain",
