@@ -637,3 +637,19 @@ def test_atom_trains_the_state_that_samples_start_from():
         torch.zeros(400, 6, dtype=torch.long)
     )
     assert 0.4 < batch.masked.all(-1).double().mean() < 0.8
+
+
+def test_equal_rows_share_the_work_of_a_summed_code():
+    process = MaskingProcess(3, 2)
+    model, _ = small_pair("categorical", process)
+    batch = process.corrupt(torch.randint(3, (40, 2)), torch.rand(40))
+    decoder, codes = model.decoder, model.prior.embedding.weight.unsqueeze(1)
+    seen = []
+    hook = decoder.head.register_forward_hook(lambda module, inputs, _: seen.append(inputs[0]))
+    shared = decoder(batch.x_t, codes, batch.t)
+    alone = decoder(batch.x_t, codes.expand(-1, 40, -1), batch.t)
+    hook.remove()
+    torch.testing.assert_close(shared, alone)
+    distinct = len(batch.x_t.unique(dim=0))
+    assert [s.shape[1] for s in seen] == [distinct, 40]
+    assert distinct < 17

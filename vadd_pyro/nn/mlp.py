@@ -98,15 +98,23 @@ class MLPDecoder(nn.Module):
         self.head = nn.Linear(hidden_dim, process.length * process.vocab_size)
 
     def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        if self.latent is not None and (z is None or z.shape[-1] != self.latent_dim):
+            raise ValueError(
+                f"z must have latent_dim = {self.latent_dim} as its last dimension, got "
+                f"{None if z is None else tuple(z.shape)}"
+            )
+        same_for_all_rows = z is not None and z.dim() > 2 and z.shape[-2] == 1
+        if same_for_all_rows and self.time is None and len(x_t) > 1:
+            # The latents of a support, laid out for all rows: equal rows share the work.
+            states, row = x_t.unique(dim=0, return_inverse=True)
+            return self._logits(states, z, t).index_select(-3, row)
+        return self._logits(x_t, z, t)
+
+    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
         h = self.tokens(self.embedding(x_t).flatten(-2))
         if self.time is not None:
             h = h + self.time(t.unsqueeze(-1))
         if self.latent is not None:
-            if z is None or z.shape[-1] != self.latent_dim:
-                raise ValueError(
-                    f"z must have latent_dim = {self.latent_dim} as its last dimension, got "
-                    f"{None if z is None else tuple(z.shape)}"
-                )
             h = h + self.latent(z)
         return self.head(self.hidden(h)).unflatten(-1, (self.length, self.vocab_size))
 
