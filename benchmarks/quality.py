@@ -170,10 +170,10 @@ EXPERIMENTS: dict[str, Callable[[int], list[dict[str, Any]]]] = {
     "swiss_roll": toy_experiment("swiss_roll", {"VADD, codes": codes(64, 128, 2000)}),
     "circles": toy_experiment("circles", {"VADD, codes": codes(64, 128, 2000)}),
     "e8": protocol_experiment(
-        "e8", {"VADD, N(0, I)": normal, "VADD, codes": codes(64, 128, 3000)}
+        "e8", {"VADD, N(0, I)": longer_normal, "VADD, codes": codes(64, 128, 3000)}
     ),
     "es": protocol_experiment(
-        "es", {"VADD, N(0, I)": normal, "VADD, codes": codes(64, 128, 3000)}
+        "es", {"VADD, N(0, I)": longer_normal, "VADD, codes": codes(64, 128, 3000)}
     ),
     "d1": tied_experiment("D1", {"VADD, codes": codes(64, 64, 1500, 16)}),
     "d2": tied_experiment("D2", {"VADD, codes": codes(256, 64, 1500, 16)}),

@@ -59,8 +59,6 @@ def module_step(model, guide, elbo):
 @pytest.mark.parametrize("form", [svi_step, module_step])
 @pytest.mark.parametrize("prior", PRIORS)
 def test_pairs_train_in_both_forms_and_both_regimes(prior, form, local):
-    if form is svi_step and local:
-        form = module_step  # SVI finds parameters through the global store alone
     with pyro.settings.context(module_local_params=local):
         model, guide = small_pair(prior, PROCESS)
         trains(
@@ -118,10 +116,12 @@ class NetGuide(PyroModule):
             pyro.sample("z", dist.Normal(z_loc, z_scale).to_event(1))
 
 
-def test_model_and_guide_with_the_same_attribute_both_train():
-    for _ in range(2):  # the second pair meets the first one's entries in the store
-        model, guide = NetModel(), NetGuide()
-        trains(svi_step(model, guide, MaskedDiffusionELBO(PROCESS)), model, guide)
+@pytest.mark.parametrize("local", [False, True])
+def test_model_and_guide_with_the_same_attribute_both_train(local):
+    with pyro.settings.context(module_local_params=local):
+        for _ in range(2):  # the second pair meets the first one's entries in the store
+            model, guide = NetModel(), NetGuide()
+            trains(svi_step(model, guide, MaskedDiffusionELBO(PROCESS)), model, guide)
 
 
 class ScaleModel(PyroModule):
@@ -169,6 +169,10 @@ def test_parameters_of_pyro_modules_that_would_be_shared_are_refused_by_name():
         model, guide = ScaleModel(), ScaleGuide()
         fit(model, guide, elbo, X, 3, progress=False)
         assert model.scale_unconstrained.item() != 0
+        before = [p.detach().clone() for p in parameters(model, guide)]
+        SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), loss=elbo).step(X)
+        after = parameters(model, guide)
+        assert all((a != b).any() for a, b in zip(after, before, strict=True))
 
 
 # -------------------------------------------------- a pair with no class of ours

@@ -30,9 +30,11 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
+import pyro.poutine as poutine
 import torch
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
@@ -323,11 +325,14 @@ class MaskedDiffusionELBO(ELBO):
         if self._checked is None or self._checked[0] is not model or self._checked[1] is not guide:
             check_store(model, guide)
             self._checked = (model, guide)
-        if not pyro.settings.get("module_local_params"):
-            for program in (model, guide):
-                if isinstance(program, nn.Module) and not isinstance(program, Program):
-                    register_parameters(program)
-        loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        modules = [p for p in (model, guide) if isinstance(p, nn.Module)]
+        # With local parameters a PyroModule's own messages do not say what to optimise.
+        silent = pyro.settings.get("module_local_params") and len(modules) == 2
+        with poutine.block(hide_types=["param"]) if silent else nullcontext():
+            loss = self.differentiable_loss(model, guide, *args, **kwargs)
+        for module in modules:
+            if silent or not isinstance(module, Program):  # a Program announces itself
+                register_parameters(module)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
         return float(loss.detach())

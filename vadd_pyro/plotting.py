@@ -100,6 +100,16 @@ def compare_steps(
                     ha="center",
                     fontsize=11,
                 )
+    fig.text(
+        grid[middle, 0].get_position(fig).x0,
+        grid[num_rows - 1, 0].get_position(fig).y0,
+        "bright: probable\nJS: Jensen-Shannon distance\nto the data, in nats"
+        if score_name == "JS"
+        else "bright: probable",
+        fontsize=8.5,
+        va="bottom",
+        linespacing=1.4,
+    )
     fig.suptitle(title, fontsize=12, y=1 - 0.12 / fig.get_figheight(), va="top")
     return fig
 

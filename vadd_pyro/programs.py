@@ -32,14 +32,12 @@ class Program(nn.Module):
     ``pyro.infer.SVI``.
 
     Subclasses define ``forward(batch)``, in which they may use any Pyro statement. Parameters are
-    announced to Pyro when a trace listens for them and ``module_local_params`` is off.
+    announced to Pyro when a trace listens for them, with ``module_local_params`` on or off.
     """
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if _PYRO_STACK and not pyro.settings.get("module_local_params"):
-            listening = any(isinstance(handler, TraceMessenger) for handler in _PYRO_STACK)
-            if listening:
-                register_parameters(self)
+        if any(isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
+            register_parameters(self)
         return super().__call__(*args, **kwargs)
 
 
@@ -58,10 +56,12 @@ def register_parameters(module: nn.Module) -> None:
     """Announce a module's parameters to Pyro, under names that no other instance uses.
 
     Args:
-        module: any module; parameters held directly by a ``PyroModule`` are left to Pyro.
+        module: any module. Parameters held directly by a ``PyroModule`` are left to Pyro, unless
+            ``module_local_params`` keeps it from entering them in the store.
     """
     store = pyro.get_param_store()
-    managed = _pyro_managed(module)
+    local = pyro.settings.get("module_local_params")
+    managed = set() if local else _pyro_managed(module)
     parameters = [
         (name, parameter)
         for name, parameter in module.named_parameters()
