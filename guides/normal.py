@@ -14,7 +14,7 @@ from torch import Tensor
 
 from vadd_pyro.distributions import DiagonalNormal
 from vadd_pyro.process import MaskedBatch
-from vadd_pyro.programs import Program
+from vadd_pyro.programs import Program, check_callable
 
 __all__ = ["AmortizedNormal"]
 
@@ -30,6 +30,7 @@ class AmortizedNormal(Program):
 
     def __init__(self, encoder: Callable[[MaskedBatch], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
+        check_callable("encoder", encoder)
         self.encoder = encoder
 
     def forward(self, batch: MaskedBatch) -> Tensor:

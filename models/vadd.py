@@ -15,11 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
-from torch import Tensor, nn
+from torch import Tensor
 
 from vadd_pyro.distributions import TokenCategorical
 from vadd_pyro.process import MaskedBatch
-from vadd_pyro.programs import Program
+from vadd_pyro.programs import Program, check_callable
 
 __all__ = ["MDM", "VADD"]
 
@@ -47,9 +47,8 @@ class VADD(Program):
         self, decoder: Callable[..., Tensor], prior: Callable[[MaskedBatch], Any]
     ) -> None:
         super().__init__()
-        for name, part in (("decoder", decoder), ("prior", prior)):
-            if not callable(part):
-                raise TypeError(f"{name} must be callable, got {type(part).__name__}")
+        check_callable("decoder", decoder)
+        check_callable("prior", prior)
         self.decoder = decoder
         self.prior = prior
 
@@ -72,8 +71,9 @@ class MDM(Program):
     Site: ``"x_0"``, as in :class:`VADD`.
     """
 
-    def __init__(self, decoder: nn.Module) -> None:
+    def __init__(self, decoder: Callable[..., Tensor]) -> None:
         super().__init__()
+        check_callable("decoder", decoder)
         self.decoder = decoder
 
     def forward(self, batch: MaskedBatch) -> Tensor:

@@ -48,7 +48,7 @@ def test_the_demo_prints_a_table_and_writes_results_and_a_figure(tmp_path):
     [
         (["demo", "--priors", "none,normal"], "got 'none,normal'"),
         (["demo", "--data", "board"], "invalid choice: 'board'"),
-        (["demo", "--num-iterations", "0"], "positive integer, got 0"),
+        (["demo", "--num-iterations", "0"], "positive integer, got '0'"),
         ([], "required: command"),
     ],
 )

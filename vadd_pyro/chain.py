@@ -9,8 +9,9 @@ r"""The whole generative chain as one Pyro program.
 with sites ``"step_3/z"``, ``"step_3/x_0"`` and so on, and a site ``"reveal"`` that says at which
 step each position is revealed. Unrolling a guide the same way gives its guide:
 ``pyro.infer.Trace_ELBO`` on the pair equals the chain objective of
-:class:`~vadd_pyro.MaskedDiffusionELBO` in expectation, and everything else that Pyro offers for a
-model works on it. Sites of rows in which a step reveals nothing are masked out, in both programs.
+:class:`~vadd_pyro.MaskedDiffusionELBO` in expectation, and
+what else Pyro offers for a model works on it too, one draw at a time: a chain does not broadcast
+over particles. Sites of rows in which a step reveals nothing are masked out, in both programs.
 """
 
 from __future__ import annotations

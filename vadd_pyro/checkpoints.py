@@ -13,7 +13,13 @@ from typing import Any
 import numpy as np
 import torch
 
-__all__ = ["load_checkpoint", "random_state", "restore_random_state", "save_checkpoint"]
+__all__ = [
+    "check_writable",
+    "load_checkpoint",
+    "random_state",
+    "restore_random_state",
+    "save_checkpoint",
+]
 
 FORMAT = 1
 
@@ -37,6 +43,24 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def check_writable(path: str | Path) -> None:
+    """Check that a checkpoint can be written, before any work goes into it.
+
+    Raises:
+        ValueError: naming the path and what stands in the way.
+    """
+    path = Path(path)
+    probe = path.with_name(f"{path.name}.{os.getpid()}.probe")
+    if path.is_dir():
+        raise ValueError(f"{path} is to be a file, but a folder of that name is there")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        probe.touch()
+        probe.unlink()
+    except OSError as error:
+        raise ValueError(f"{path} cannot be written: {error}") from error
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:

@@ -22,10 +22,15 @@ _TOYS = (
 
 
 def _positive(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text}")
-    return value
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
+    return int(text)
+
+
+def _seed(text: str) -> int:
+    if not text.isdecimal() or int(text) >= 2**32 - 10_000:
+        raise argparse.ArgumentTypeError(f"expected an integer from 0 on, got {text!r}")
+    return int(text)
 
 
 def _priors(text: str) -> list[str]:
@@ -35,7 +40,7 @@ def _priors(text: str) -> list[str]:
         raise argparse.ArgumentTypeError(
             f"expected names from {', '.join(_PRIORS)}, separated by commas, got {text!r}"
         )
-    return names
+    return list(dict.fromkeys(names))
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -67,7 +72,7 @@ def _parser() -> argparse.ArgumentParser:
         metavar="N",
         help="updates per model; by default each prior's own",
     )
-    demo.add_argument("--seed", type=int, default=0, help="seed of data, weights and training")
+    demo.add_argument("--seed", type=_seed, default=0, help="seed of data, weights and training")
     demo.add_argument("--out", default="demo", metavar="FOLDER", help="where the results go")
     demo.add_argument("--no-progress", action="store_true", help="no progress bars")
     return parser

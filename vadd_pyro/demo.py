@@ -19,6 +19,7 @@ from torch import Tensor
 
 import vadd_pyro
 from vadd_pyro import data, guides, metrics, models, plotting
+from vadd_pyro.checkpoints import check_writable
 from vadd_pyro.data import ToyDensity
 from vadd_pyro.elbo import LinearAnnealing, MaskedDiffusionELBO
 from vadd_pyro.exact import exact_distribution
@@ -140,9 +141,8 @@ def run_demo(
     if num_iterations is not None and num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
     folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
-    if not os.access(folder, os.W_OK):
-        raise ValueError(f"out must be a folder that can be written to, got {folder}")
+    for target in (folder / "results.json", folder / f"{name}.png"):
+        check_writable(target)
     density = data.toy(name)
     process = density.process()
     x_0, held_out = density.sample(100_000, seed=seed), density.sample(1000, seed=seed + 10_000)

@@ -20,22 +20,19 @@ one number.
 
 from __future__ import annotations
 
-import functools
 import math
-from collections.abc import Iterable
 from typing import NamedTuple
 
 import torch
+from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import kl_divergence
 
 from vadd_pyro.recorder import Recorder, Site
+from vadd_pyro.sites import Layout, check_summed
 
-__all__ = ["PARTICLES", "RowTerms", "check_pair", "score"]
-
-PARTICLES = "vadd_particles"
-_NO_CLOSED_FORM: set[tuple[type, ...]] = set()
+__all__ = ["RowTerms", "score"]
 
 
 class RowTerms(NamedTuple):
@@ -55,82 +52,6 @@ class RowTerms(NamedTuple):
     kl: Tensor
     shared: Tensor
     surrogate: Tensor | None = None
-
-
-def check_pair(guide: Recorder, model: Recorder) -> None:
-    """Check that the guide gives exactly the latents that the model has left to infer.
-
-    Raises:
-        ValueError: naming the site.
-    """
-    for name, site in guide.sites.items():
-        if site.observed or site.auxiliary:
-            continue
-        if name not in model.sites:
-            raise ValueError(
-                f"the guide samples {name!r}, which the model lacks (the model has "
-                f"{_names(model)}): rename it, or mark it as a helper of the guide's own, "
-                "infer={'is_auxiliary': True}"
-            )
-        if model.sites[name].observed:
-            raise ValueError(
-                f"the guide samples {name!r}, which is observed in the model: leave it out of the "
-                f"guide (poutine.block(guide, hide=[{name!r}]))"
-            )
-    for name, site in model.sites.items():
-        if not site.observed and name not in guide.sites and site.enum_dim is None:
-            raise ValueError(
-                f"the guide misses the latent site {name!r} of the model, "
-                f"{type(site.fn).__name__}(...) (the guide has {_names(guide)}): only small "
-                "discrete sites can be summed out without a guide"
-            )
-
-
-def _names(recorder: Recorder) -> str:
-    return ", ".join(repr(name) for name in recorder.sites) or "no sites"
-
-
-class _Layout:
-    """Dimensions of log-densities: ``(supports ..., [particles,] inner plates ..., rows)``."""
-
-    def __init__(
-        self, active: Tensor, row_plates: int, vectorized: bool, sites: list[Site]
-    ) -> None:
-        self.num_rows = len(active)
-        self.zeros = torch.zeros(self.num_rows, device=active.device)
-        self.row_plates = row_plates
-        self.particle_dim = -1 - row_plates if vectorized else None
-        self.has_data_plate = any(-1 in plate_dims(site) for site in sites)
-
-    def is_row(self, site: Site, value: Tensor) -> bool:
-        """Whether a site has one factor per row.
-
-        It stands in the data plate, or, if nothing does, it has that shape.
-        """
-        if self.has_data_plate:
-            return -1 in plate_dims(site)
-        return value.dim() > 0 and value.shape[-1] == self.num_rows
-
-    def reduce(self, value: Tensor) -> Tensor:
-        """Sum over plates between the rows and the particles, keeping their dimensions."""
-        for dim in range(-self.row_plates, -1):
-            if value.dim() >= -dim:
-                value = value.sum(dim, keepdim=True)
-        return value
-
-    def total(self, value: Tensor) -> Tensor:
-        """Sum of a shared site's log-density, averaged over particles."""
-        dim = self.particle_dim
-        return value.mean(dim).sum() if dim is not None and value.dim() >= -dim else value.sum()
-
-    def sum(self, values: list[Tensor]) -> Tensor:
-        """Broadcast sum of row terms; zeros if there are none."""
-        return functools.reduce(torch.add, values) if values else self.zeros
-
-
-def plate_dims(site: Site) -> list[int]:
-    """Batch dimensions of the plates around a site, the particles' own left out."""
-    return [f.dim for f in site.frames if f.dim is not None and f.name != PARTICLES]
 
 
 def score(
@@ -160,20 +81,18 @@ def score(
         kl_weight: factor of the latent part.
         closed_form_kl: use registered KL divergences where that is exact.
     """
-    layout = _Layout(
-        active, row_plates, vectorized, [*model.sites.values(), *guide.sites.values()]
-    )
+    importance_weighted = importance_weighted and num_particles > 1
+    layout = Layout(guide, model, active, row_plates)
+    if vectorized:
+        layout.particle_dim = -1 - row_plates
     summed = [site for site in model.sites.values() if site.enum_dim is not None]
     averaged = [site for site in guide.sites.values() if site.enum_dim is not None]
     inside_log = bool(summed) or bool(averaged) or importance_weighted
-    _check_summed(summed + averaged, layout)
+    check_summed(summed + averaged, layout)
 
     def scaled(site: Site, value: Tensor) -> Tensor:
-        return (
-            value
-            if inside_log and layout.is_row(site, value)
-            else scale_and_mask(value, site.scale)
-        )
+        inside = inside_log and layout.rows[site.name]
+        return value if inside else scale_and_mask(value, site.scale)
 
     closed = {}
     if closed_form_kl and num_particles == 1 and not summed and not averaged:
@@ -189,35 +108,38 @@ def score(
     row_sites: list[Site] = []
 
     for name, site in model.sites.items():
+        is_row = layout.rows[name]
         if name in closed:
             value = scaled(site, closed[name])
-            if layout.is_row(site, value):
+            if is_row:
                 closed_rows.append(layout.reduce(value))
             else:
                 shared.append(value.sum() * -kl_weight)
             continue
-        value = scaled(site, site.log_prob())
-        if layout.is_row(site, value) or site.enum_dim is not None:
+        value = scaled(site, site.log_weight() if site.enum_dim is not None else site.log_prob())
+        if is_row:
             row_sites.append(site)
             (data if site.observed else prior).append(layout.reduce(value))
         else:
             shared.append(layout.total(value) * (1.0 if site.observed else kl_weight))
     averaged_log_prob: list[Tensor] = []
     for name, site in guide.sites.items():
-        if site.observed:
-            continue
-        drawn = site.enum_dim is None and not getattr(site.fn, "has_rsample", False)
+        drawn = (
+            not site.observed
+            and site.enum_dim is None
+            and not getattr(site.fn, "has_rsample", False)
+        )
         if name in closed and not drawn:
             continue
         log_prob = site.log_prob()
         value = scaled(site, log_prob)
-        if layout.is_row(site, value) or site.enum_dim is not None:
+        if layout.rows[name]:
             row_sites.append(site)
             value = layout.reduce(value)
             if name not in closed:
                 posterior.append(value)
             if site.enum_dim is not None:
-                averaged_log_prob.append(value)
+                averaged_log_prob.append(layout.reduce(site.log_weight()))
             elif drawn:
                 undifferentiated.append(layout.reduce(log_prob))
         else:
@@ -239,7 +161,10 @@ def score(
         log_z = _logsumexp(log_z, dims) if drawn_sites else torch.zeros_like(joint)
         log_x = joint - log_z if drawn_sites else joint
     kl = layout.sum(closed_rows) + log_r - log_z
-    total = log_x - kl_weight * kl if kl_weight != 1 else log_x - kl
+    if kl_weight == 0:
+        total = log_x.expand(torch.broadcast_shapes(log_x.shape, kl.shape))
+    else:
+        total = log_x - kl_weight * kl if kl_weight != 1 else log_x - kl
 
     if averaged_log_prob:
         average_dims = [site.enum_dim for site in averaged if site.enum_dim is not None]
@@ -296,22 +221,6 @@ def score(
     return RowTerms(row, torch.where(active, kl_row, zero), shared_total, surrogate)
 
 
-def _check_summed(sites: Iterable[Site], layout: _Layout) -> None:
-    for site in sites:
-        dims = plate_dims(site)
-        if -1 not in dims and site.fn.batch_shape[-1:] != (layout.num_rows,):
-            raise ValueError(
-                f"the discrete site {site.name!r} stands outside the data plate and couples all "
-                "rows: it cannot be summed out row by row; give the guide a site of that name"
-            )
-        if any(dim < -1 for dim in dims):
-            raise ValueError(
-                f"the discrete site {site.name!r} stands in a plate inside the data plate: only "
-                "sites with the data plate alone are summed out; give the guide a site of that "
-                "name"
-            )
-
-
 def _common_scale(sites: list[Site]) -> float | Tensor | None:
     """The one factor that stands outside the logarithm; None where it is 1."""
     scales = [site.scale for site in sites]
@@ -337,26 +246,27 @@ def _closed_form(guide: Recorder, model: Recorder) -> dict[str, Tensor]:
     """KL per latent site, if the guide draws its sites in the model's order; empty if it does not.
 
     Where the orders differ, a site's two distributions are given different variables and the sum
-    of their KLs is no KL.
+    of their KLs is no KL. A Delta stands for a density given elsewhere, and so does a factor.
     """
     order = [name for name, site in guide.sites.items() if not site.observed]
     if order != [name for name, site in model.sites.items() if not site.observed]:
         return {}
+    if len(order) < len(guide.sites):
+        return {}
     result = {}
     for name in order:
         r, p = guide.sites[name], model.sites[name]
-        key = tuple(type(d) for s in (r, p) for d in (s.fn, getattr(s.fn, "base_dist", None)))
         same_scale = r.scale is p.scale or (
             not isinstance(r.scale, Tensor)
             and not isinstance(p.scale, Tensor)
             and r.scale == p.scale
         )
-        if key in _NO_CLOSED_FORM or r.mask is not p.mask or not same_scale:
+        is_delta = any(isinstance(d, Delta) for d in (r.fn, getattr(r.fn, "base_dist", None)))
+        if is_delta or r.mask is not p.mask or not same_scale:
             continue
         try:
             divergence = kl_divergence(r.fn, p.fn)
         except NotImplementedError:
-            _NO_CLOSED_FORM.add(key)
             continue
         result[name] = p.masked(divergence)
     return result
@@ -375,7 +285,7 @@ def _surrogate(
     shared_total: Tensor,
     *,
     weights: Tensor,
-    layout: _Layout,
+    layout: Layout,
     share: float,
 ) -> Tensor | None:
     """Score-function part of the gradient.
@@ -386,6 +296,8 @@ def _surrogate(
     if undifferentiated:
         log_r = layout.sum(undifferentiated)
         parts.append((learning_signal.detach() * log_r * share * weights).sum())
+        # What all rows share depends on every row's draw; it is the mean over particles already.
+        parts.append(shared_total.detach() * log_r.sum())
     if undifferentiated_shared:
         signal = ((row * weights).sum() + shared_total).detach()
         parts.append(signal * torch.stack([v.sum() for v in undifferentiated_shared]).sum())

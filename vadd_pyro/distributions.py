@@ -24,7 +24,13 @@ from torch.distributions import Distribution as TorchBase
 from torch.distributions import constraints, kl_divergence, register_kl
 from torch.nn.functional import cross_entropy
 
-__all__ = ["DiagonalNormal", "TokenCategorical", "draw_categorical", "token_logits"]
+__all__ = [
+    "DiagonalNormal",
+    "TokenCategorical",
+    "check_vocabulary",
+    "draw_categorical",
+    "token_logits",
+]
 
 _HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _IGNORED = -100
@@ -189,10 +195,7 @@ def _kl_diagonal(p: DiagonalNormal, q: DiagonalNormal) -> Tensor:
 
 
 def _as_diagonal(distribution: TorchBase) -> DiagonalNormal:
-    """``Normal.to_event(1)`` as a :class:`DiagonalNormal`;
-
-    NotImplementedError, as torch's registry does, for others.
-    """
+    """``Normal.to_event(1)`` as a :class:`DiagonalNormal`; others have no closed form here."""
     base = getattr(distribution, "base_dist", None)
     if isinstance(base, Normal) and len(distribution.event_shape) == 1:
         return DiagonalNormal(base.loc, base.scale, validate_args=False)
@@ -229,3 +232,16 @@ def token_logits(distribution: TorchBase) -> Tensor:
         "site 'x_0' must be one categorical per position, a TokenCategorical(logits, target) or "
         f"Categorical(logits=...).mask(target).to_event(1); got {distribution}"
     )
+
+
+def check_vocabulary(logits: Tensor, vocab_size: int) -> None:
+    """Check that logits ``(..., K)`` speak of the clean tokens and no others.
+
+    Raises:
+        ValueError: naming both sizes.
+    """
+    if logits.shape[-1] != vocab_size:
+        raise ValueError(
+            f"site 'x_0' has {logits.shape[-1]} logits a position, expected vocab_size = "
+            f"{vocab_size}: the decoder is normalised over the clean tokens, without the mask"
+        )

@@ -30,7 +30,6 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from contextlib import nullcontext
 from typing import Any, NamedTuple
 
 import pyro
@@ -39,12 +38,13 @@ import torch
 from pyro.infer import ELBO
 from pyro.infer.enum import get_importance_trace
 from pyro.infer.util import is_validation_enabled
-from torch import Tensor, nn
+from torch import Tensor
 
-from vadd_pyro.densities import PARTICLES, RowTerms, check_pair, score
+from vadd_pyro.densities import RowTerms, score
 from vadd_pyro.process import MaskedBatch, MaskingProcess
-from vadd_pyro.programs import Program, check_store, register_parameters
+from vadd_pyro.programs import Program, check_store, modules_of, register_parameters
 from vadd_pyro.recorder import Recorder, run
+from vadd_pyro.sites import PARTICLES, check_pair, check_tokens_site
 from vadd_pyro.times import GridTimes, TimeDistribution, UniformTimes
 
 __all__ = ["LinearAnnealing", "LossTerms", "MaskedDiffusionELBO"]
@@ -137,10 +137,19 @@ class MaskedDiffusionELBO(ELBO):
         super().__init__(num_particles=num_particles, max_plate_nesting=max_plate_nesting)
         if objective not in ("delbo", "chain"):
             raise ValueError(f"objective must be 'delbo' or 'chain', got {objective!r}")
-        if num_particles < 1:
-            raise ValueError(f"num_particles must be at least 1, got {num_particles}")
-        if max_plate_nesting < 1:
-            raise ValueError(f"max_plate_nesting must be at least 1, got {max_plate_nesting}")
+        for name, value in (
+            ("num_particles", num_particles),
+            ("max_plate_nesting", max_plate_nesting),
+        ):
+            if isinstance(value, bool) or not isinstance(value, int):
+                raise TypeError(f"{name} must be an integer, got {value!r}")
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {value}")
+        if importance_weighted and num_particles > 1 and not vectorize_particles:
+            raise ValueError(
+                "importance_weighted needs vectorize_particles=True: particles of a row meet "
+                "inside a logarithm"
+            )
         gridded = num_steps is not None or time_grid is not None
         if times is not None and gridded:
             raise ValueError("times and num_steps or time_grid say the same thing twice: give one")
@@ -151,7 +160,10 @@ class MaskedDiffusionELBO(ELBO):
             )
         if times is None:
             times = UniformTimes() if objective == "delbo" else GridTimes(num_steps, time_grid)
-        if not callable(kl_weight) and not kl_weight >= 0:
+        if not isinstance(times, TimeDistribution):
+            raise TypeError(f"times must be a TimeDistribution, got {times!r}")
+        number = isinstance(kl_weight, int | float) and kl_weight >= 0
+        if not number and not callable(kl_weight):
             raise ValueError(f"kl_weight must be a number >= 0 or a function, got {kl_weight!r}")
         self.process = process
         self.objective = objective
@@ -226,11 +238,6 @@ class MaskedDiffusionELBO(ELBO):
                 importance_weighted=self.importance_weighted,
                 **options,
             )
-        if self.importance_weighted:
-            raise ValueError(
-                "importance_weighted needs vectorize_particles=True: particles of a row meet "
-                "inside a logarithm"
-            )
         terms = [score(*pair, **options) for pair in runs]
         surrogates = [term.surrogate for term in terms if term.surrogate is not None]
         return RowTerms(
@@ -276,6 +283,7 @@ class MaskedDiffusionELBO(ELBO):
             **kwargs,
         )
         check_pair(inferred, generated)
+        check_tokens_site(generated, self.process.vocab_size)
         return inferred, generated
 
     def terms(
@@ -313,6 +321,9 @@ class MaskedDiffusionELBO(ELBO):
 
         What ``elbo(model, guide)(x_0)`` returns.
         """
+        if self._checked is None or self._checked[0] is not model or self._checked[1] is not guide:
+            check_store(model, guide)
+            self._checked = (model, guide)
         loss = self.terms(model, guide, *args, **kwargs).loss
         if loss.requires_grad:
             self.iteration += 1
@@ -322,16 +333,10 @@ class MaskedDiffusionELBO(ELBO):
         self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any
     ) -> float:
         """The loss as a number, its gradient left in the parameters; what ``SVI.step`` calls."""
-        if self._checked is None or self._checked[0] is not model or self._checked[1] is not guide:
-            check_store(model, guide)
-            self._checked = (model, guide)
-        modules = [p for p in (model, guide) if isinstance(p, nn.Module)]
-        # With local parameters a PyroModule's own messages do not say what to optimise.
-        silent = pyro.settings.get("module_local_params") and len(modules) == 2
-        with poutine.block(hide_types=["param"]) if silent else nullcontext():
+        with poutine.block(hide_fn=_is_local_parameter):
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
-        for module in modules:
-            if silent or not isinstance(module, Program):  # a Program announces itself
+        for module in (m for program in (model, guide) for m in modules_of(program)):
+            if not isinstance(module, Program):  # which announces itself
                 register_parameters(module)
         if loss.requires_grad:
             loss.backward(retain_graph=self.retain_graph)
@@ -340,6 +345,11 @@ class MaskedDiffusionELBO(ELBO):
     def _get_trace(self, model: StepProgram, guide: StepProgram, args: Any, kwargs: Any) -> Any:
         """A pair of ordinary Pyro traces, as ``pyro.infer.ELBO`` asks of its subclasses."""
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+
+
+def _is_local_parameter(msg: dict[str, Any]) -> bool:
+    """A PyroModule's message about a parameter of its own, which SVI could not make use of."""
+    return msg["type"] == "param" and msg["fn"] != pyro.get_param_store().get_param
 
 
 def _asks_for_enumeration(msg: dict[str, Any]) -> bool:

@@ -27,12 +27,12 @@ from pyro.distributions import Independent, MixtureSameFamily
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from vadd_pyro.densities import PARTICLES
 from vadd_pyro.distributions import DiagonalNormal, token_logits
 from vadd_pyro.process import MaskedBatch, MaskingProcess, make_time_grid
 from vadd_pyro.programs import evaluation
 from vadd_pyro.recorder import Recorder, Site
 from vadd_pyro.sampling import device_of, seeded, start_state
+from vadd_pyro.sites import PARTICLES, data_plate, is_row_site
 
 __all__ = ["exact_bound", "exact_distribution"]
 
@@ -182,6 +182,14 @@ class _Joints:
         if run.logits is None:
             raise ValueError(f"the model has no site 'x_0'; it has {sorted(run.sites)}")
         latents = [s for name, s in run.sites.items() if name != "x_0" and not s.observed]
+        plate = data_plate(run.sites["x_0"])
+        for site in latents:
+            if not is_row_site(site, plate, len(x)):
+                raise ValueError(
+                    f"the latent {site.name!r} stands outside the data plate: the sampler draws "
+                    "it once for all rows and steps, so that p_T is no law of one row; condition "
+                    "it"
+                )
         return run.logits, latents
 
     def _partial(self, x: Tensor, points: Tensor, masked: list[int], t: float) -> Tensor:

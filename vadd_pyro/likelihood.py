@@ -28,7 +28,9 @@ from torch import Tensor
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.process import MaskedBatch, MaskingProcess, make_time_grid
 from vadd_pyro.programs import evaluation
+from vadd_pyro.recorder import Recorder
 from vadd_pyro.sampling import device_of, seeded
+from vadd_pyro.sites import data_plate, is_row_site
 
 __all__ = ["Bound", "log_likelihood_bound"]
 
@@ -90,7 +92,7 @@ def log_likelihood_bound(
         seed: seed of this call; None draws on torch's global state.
         batch_size: (row, step) pairs per network call; by default so that the logits take about 8
             MB.
-        args: further arguments of the programs.
+        args: further arguments of the programs, the same for all rows.
 
     Returns:
         :class:`Bound`, a pair ``(value, stderr)`` of ``(B,)`` tensors.
@@ -101,7 +103,8 @@ def log_likelihood_bound(
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     with seeded(seed), evaluation(model, guide):
         probe = process.corrupt(x_0[:1], 1.0)
-        inferred, _ = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
+        inferred, generated = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
+    _check_model(generated)
     if all(site.observed for site in inferred.sites.values()):
         num_particles = 1  # every latent is summed out: particles would all be the same
     elbo = MaskedDiffusionELBO(
@@ -122,16 +125,27 @@ def log_likelihood_bound(
             total = torch.zeros(len(x_0), dtype=torch.double, device=x_0.device)
             for rows, batch in _steps_of(process, x_0, steps, grid, batch_size):
                 terms = elbo.score(model, guide, batch, *args)
-                if terms.shared.count_nonzero():
-                    raise ValueError(
-                        "the model has a latent or factor outside the data plate: log p_T does "
-                        "not split into rows"
-                    )
                 total.index_add_(0, rows, terms.rows.double())
             draws.append(total)
     values = torch.stack(draws)
     error = values.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(total, torch.nan)
     return Bound(values.mean(0), error)
+
+
+def _check_model(model: Recorder) -> None:
+    """Refuse models whose density is not that of the rows' tokens alone."""
+    plate = data_plate(model.sites["x_0"])
+    for name, site in model.sites.items():
+        if site.observed and name != "x_0":
+            raise ValueError(
+                f"the model observes {name!r} beside 'x_0': its value would count at every step, "
+                "and the bound would not be one on log p_T(x_0)"
+            )
+        if not is_row_site(site, plate, 1):
+            raise ValueError(
+                f"the latent {name!r} stands outside the data plate: log p_T does not split into "
+                "rows"
+            )
 
 
 def _steps_of(

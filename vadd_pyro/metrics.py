@@ -9,6 +9,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from vadd_pyro.process import MaskingProcess
+
 __all__ = [
     "entropy",
     "histogram",
@@ -24,7 +26,9 @@ def _pair(p: Tensor, q: Tensor) -> tuple[Tensor, Tensor]:
         raise ValueError(f"p and q must have one shape, got {tuple(p.shape)} and {tuple(q.shape)}")
     p, q = p.double().flatten(), q.double().flatten()
     for name, value in (("p", p), ("q", q)):
-        if (value < 0).any() or abs(value.sum().item() - 1) > 1e-3:
+        if not value.isfinite().all() or (value < 0).any():
+            raise ValueError(f"{name} must be a distribution: some entries are negative or nan")
+        if abs(value.sum().item() - 1) > 1e-3:
             raise ValueError(f"{name} must be a distribution: it sums to {value.sum().item():.6g}")
     return p, q
 
@@ -60,6 +64,7 @@ def entropy(p: Tensor) -> float:
 
 def histogram(x: Tensor, vocab_size: int) -> Tensor:
     """Relative frequencies of rows of tokens ``(N, D)``, ``(K,) * D`` in double precision."""
+    x = MaskingProcess(vocab_size, x.shape[-1]).check_tokens(x, "x")
     length = x.shape[1]
     powers = vocab_size ** torch.arange(length - 1, -1, -1, device=x.device)
     counts = torch.bincount((x * powers).sum(-1), minlength=vocab_size**length)
@@ -77,6 +82,9 @@ def validity(samples: Tensor, reference: Tensor) -> float:
         samples: ``(N, D)`` tokens.
         reference: ``(M, D)`` training points.
     """
+    for name, value in (("samples", samples), ("reference", reference)):
+        if value.dim() != 2 or len(value) < 2:
+            raise ValueError(f"{name} must have shape (N, D) with N > 1, got {tuple(value.shape)}")
     points = reference.double()
     apart = torch.cdist(points, points)
     apart.fill_diagonal_(float("inf"))

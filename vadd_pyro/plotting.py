@@ -19,6 +19,11 @@ __all__ = ["compare_steps", "show_density"]
 _COLORS = "cividis"
 
 
+def _brightest(p: Tensor) -> float:
+    """99.5th percentile of the probabilities, or the largest where that is zero."""
+    return float(p.flatten().quantile(0.995)) or float(p.max())
+
+
 def show_density(p: Tensor, ax: Axes | None = None, *, vmax: float | None = None) -> Axes:
     """A law over pairs of tokens as a picture, first token to the right and second upwards.
 
@@ -34,7 +39,7 @@ def show_density(p: Tensor, ax: Axes | None = None, *, vmax: float | None = None
     if ax is None:
         ax = plt.subplots()[1]
     if vmax is None:
-        vmax = float(p.flatten().quantile(0.995))
+        vmax = _brightest(p)
     ax.imshow(p.cpu().T, origin="lower", cmap=_COLORS, vmin=0, vmax=vmax, interpolation="nearest")
     ax.set_xticks([])
     ax.set_yticks([])
@@ -63,6 +68,10 @@ def compare_steps(
     from matplotlib.figure import Figure
     from matplotlib.gridspec import GridSpec
 
+    if not laws or len({tuple(sorted(by_steps)) for by_steps in laws.values()}) != 1:
+        raise ValueError(
+            "laws must hold at least one model, and the same numbers of steps for each"
+        )
     steps: Sequence[int] = sorted(next(iter(laws.values())))
     num_rows, num_columns = len(laws), len(steps)
     size = 1.85
@@ -75,11 +84,11 @@ def compare_steps(
         left=0.02,
         right=0.985,
         top=1 - 0.8 / fig.get_figheight(),
-        bottom=0.02,
+        bottom=0.12 if num_rows == 1 else 0.02,
         wspace=0.06,
         hspace=0.22,
     )
-    vmax = float(truth.flatten().quantile(0.995)) * 1.25
+    vmax = 1.25 * _brightest(truth)
     middle = (num_rows - 1) // 2
     data = fig.add_subplot(grid[middle, 0])
     show_density(truth, data, vmax=vmax)
@@ -100,16 +109,14 @@ def compare_steps(
                     ha="center",
                     fontsize=11,
                 )
-    fig.text(
-        grid[middle, 0].get_position(fig).x0,
-        grid[num_rows - 1, 0].get_position(fig).y0,
-        "bright: probable\nJS: Jensen-Shannon distance\nto the data, in nats"
-        if score_name == "JS"
-        else "bright: probable",
-        fontsize=8.5,
-        va="bottom",
-        linespacing=1.4,
-    )
+    key = ["bright: probable"]
+    if score_name == "JS":
+        key += ["JS: Jensen-Shannon distance", "to the data, in nats"]
+    corner = grid[num_rows - 1, 0].get_position(fig)
+    if num_rows == 1:  # no room below the data: one line under the panels
+        fig.text(0.5, 0.03, ";  ".join([key[0], " ".join(key[1:])]), ha="center", fontsize=8.5)
+    else:
+        fig.text(corner.x0, corner.y0, "\n".join(key), va="bottom", fontsize=8.5, linespacing=1.4)
     fig.suptitle(title, fontsize=12, y=1 - 0.12 / fig.get_figheight(), va="top")
     return fig
 

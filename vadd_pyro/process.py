@@ -20,6 +20,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
 import torch
+from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
 from vadd_pyro.schedules import LinearSchedule, Schedule
@@ -198,6 +199,8 @@ class MaskingProcess:
         times = torch.as_tensor(t, dtype=torch.get_default_dtype(), device=device)
         if times.dim() == 0:
             times = times.expand(num_rows)
+        if is_validation_enabled() and not ((times >= 0) & (times <= 1)).all():
+            raise ValueError(f"{name} must lie in [0, 1], got {t}")
         if times.shape != (num_rows,):
             raise ValueError(
                 f"{name} must be a number or have shape ({num_rows},), got {tuple(times.shape)}"
@@ -274,6 +277,16 @@ class MaskingProcess:
         target = steps == step.unsqueeze(-1)
         t = grid.to(device=x_0.device, dtype=torch.get_default_dtype())[step]
         return MaskedBatch(x_0.masked_fill(masked, self.mask_id), t, masked, target, x_0)
+
+
+def check_size(name: str, value: int, least: int = 1) -> None:
+    """Check that an argument is an integer of at least ``least``.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
 def make_time_grid(num_steps: int | None = None, time_grid: Tensor | None = None) -> Tensor:

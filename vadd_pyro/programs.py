@@ -9,8 +9,9 @@ entered under a name that belongs to one instance alone, and parameters which Py
 
 from __future__ import annotations
 
+import functools
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,8 +22,17 @@ from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
 from torch import nn
+from torch.distributions import constraints
 
-__all__ = ["Program", "check_store", "evaluation", "register_parameters"]
+__all__ = [
+    "Program",
+    "check_callable",
+    "check_store",
+    "evaluation",
+    "kept_modes",
+    "modules_of",
+    "register_parameters",
+]
 
 _NUMBERS = itertools.count(1)
 
@@ -41,13 +51,40 @@ class Program(nn.Module):
         return super().__call__(*args, **kwargs)
 
 
-def _pyro_managed(module: nn.Module) -> set[int]:
-    """Identities of the parameters that PyroModule attributes hand to the store themselves."""
+def check_callable(name: str, value: Any) -> None:
+    """Check that a part of a program can be called.
+
+    Raises:
+        TypeError: naming the argument.
+    """
+    if not callable(value):
+        raise TypeError(f"{name} must be a module or a function, got {value!r}")
+
+
+def modules_of(program: Any) -> list[nn.Module]:
+    """The modules that make up a program: itself, or what a handler around it wraps.
+
+    Handlers such as ``poutine.scale(model, 2.0)`` return a function around the module. Modules
+    that a plain function refers to by name cannot be seen; they speak through ``pyro.module``.
+    """
+    if isinstance(program, nn.Module):
+        return [program]
+    if isinstance(program, functools.partial):
+        parts = (program.func, *program.args)
+        return [module for part in parts for module in modules_of(part)]
+    for attribute in ("__wrapped__", "__self__"):
+        if hasattr(program, attribute):
+            return modules_of(getattr(program, attribute))
+    return []
+
+
+def _pyro_managed(module: nn.Module) -> dict[int, str]:
+    """Parameters that PyroModule attributes enter in the store themselves, with their names."""
     return {
-        id(parameter)
+        id(parameter): f"{part._pyro_name}.{name}".lstrip(".").removesuffix("_unconstrained")
         for part in module.modules()
         if isinstance(part, PyroModule)
-        for parameter in part._parameters.values()
+        for name, parameter in part._parameters.items()
         if parameter is not None
     }
 
@@ -61,7 +98,7 @@ def register_parameters(module: nn.Module) -> None:
     """
     store = pyro.get_param_store()
     local = pyro.settings.get("module_local_params")
-    managed = set() if local else _pyro_managed(module)
+    managed = {} if local else _pyro_managed(module)
     parameters = [
         (name, parameter)
         for name, parameter in module.named_parameters()
@@ -70,14 +107,21 @@ def register_parameters(module: nn.Module) -> None:
     if not parameters:
         return
     prefix = module.__dict__.get("_pyro_prefix")
-    first = parameters[0]
-    held = store._params.get(f"{prefix}.{first[0]}") if prefix else first[1]
-    if prefix is None or (held is not None and held is not first[1]):
-        # A fresh instance, or a deep copy that still carries the original's name.
+    if prefix is None or any(
+        store._params.get(f"{prefix}.{name}", parameter) is not parameter
+        for name, parameter in parameters
+    ):
+        # A fresh instance, a deep copy that carries the original's name, or a replaced layer.
         prefix = f"{type(module).__name__}#{next(_NUMBERS)}"
         module.__dict__["_pyro_prefix"] = prefix
     for name, parameter in parameters:
-        pyro.param(f"{prefix}.{name}", parameter)
+        key = f"{prefix}.{name}"
+        if key not in store:
+            # As PyroModule does: the parameter itself, where assignment might store a copy.
+            store._constraints[key] = constraints.real
+            store._params[key] = parameter
+            store._param_to_name[parameter] = key
+        pyro.param(key)
 
 
 def check_store(*programs: Any) -> None:
@@ -90,18 +134,16 @@ def check_store(*programs: Any) -> None:
         return
     store = pyro.get_param_store()
     seen: dict[str, nn.Parameter] = {}
-    for program in programs:
-        if not isinstance(program, PyroModule):
-            continue
-        managed = _pyro_managed(program)
-        for name, parameter in program.named_parameters():
-            if id(parameter) not in managed:
+    for module in (m for program in programs for m in modules_of(program)):
+        managed = _pyro_managed(module)
+        for parameter in module.parameters():
+            name = managed.get(id(parameter))
+            if name is None:
                 continue
-            name = name.removesuffix("_unconstrained")
             for known in (seen.get(name), store._params.get(name)):
                 if known is not None and known is not parameter:
                     raise ValueError(
-                        f"parameter {name!r} of {type(program).__name__} would share an entry of "
+                        f"parameter {name!r} of {type(module).__name__} would share an entry of "
                         "Pyro's global parameter store with another module of this process, and "
                         "one of the two would not be trained: rename the attribute, call "
                         "pyro.settings.set(module_local_params=True) before building the modules, "
@@ -111,15 +153,26 @@ def check_store(*programs: Any) -> None:
 
 
 @contextmanager
-def evaluation(*programs: Callable[..., Any]) -> Iterator[None]:
-    """Run programs in evaluation mode without gradients, and put each module back as it was."""
-    modules = [part for p in programs if isinstance(p, nn.Module) for part in p.modules()]
+def kept_modes(*programs: Any) -> Iterator[None]:
+    """Put every module back into training or evaluation mode as it was."""
+    modules = [part for p in programs for module in modules_of(p) for part in module.modules()]
     modes = [part.training for part in modules]
-    for part in modules:
-        part.training = False
     try:
-        with torch.no_grad():
-            yield
+        yield
     finally:
         for part, mode in zip(modules, modes, strict=True):
             part.training = mode
+
+
+@contextmanager
+def evaluation(*programs: Any) -> Iterator[None]:
+    """Run programs in evaluation mode without gradients, and put each module back as it was.
+
+    Modules that a plain function uses by name are not seen (:func:`modules_of`): put those with
+    dropout or batch statistics into evaluation mode yourself.
+    """
+    with kept_modes(*programs), torch.no_grad():
+        for program in programs:
+            for module in modules_of(program):
+                module.eval()
+        yield

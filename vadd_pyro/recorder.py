@@ -5,8 +5,9 @@ distribution, value, scale and mask, and nothing is computed until somebody asks
 In the model's pass it replays the guide's values and lays out the support of small discrete sites
 along a dimension of their own, to be summed over exactly.
 
-Handlers that a user puts around a program (``mask``, ``scale``, ``condition``, ``block``,
-``replay``) act inside it and are honoured; those around the whole computation too.
+Handlers that a user puts around a program (``mask``, ``scale``, ``condition``, ``block``) act
+inside it and are honoured; those around the whole computation too. The guide's values win over a
+``replay`` inside the model, as they do in Pyro.
 """
 
 from __future__ import annotations
@@ -64,6 +65,12 @@ class Site:
             return value
         return scale_and_mask(value, 1.0, self.mask)
 
+    def log_weight(self) -> Tensor:
+        """Log-probability of each element of an enumerated support, mask or no mask: what is
+        summed or averaged over has to stay a distribution.
+        """
+        return self.fn.log_prob(self.value)
+
     def log_prob(self) -> Tensor:
         """Unscaled log-density, zero where masked.
 
@@ -101,17 +108,15 @@ class Recorder(Messenger):
     # Both hooks are overridden whole: the dispatch by message type in the base class costs as much
     # as the rest.
     def _process_message(self, msg: Any) -> None:
-        if (
-            msg["type"] != "sample"
-            or msg["is_observed"]
-            or msg["value"] is not None
-            or msg["done"]
-        ):
+        if msg["type"] != "sample" or msg["is_observed"]:
             return
         name = msg["name"]
         if self.replay is not None and name in self.replay:
+            # As in poutine.replay, what comes from outside wins over a value set inside.
             msg["value"] = self.replay[name]
             msg["done"] = True
+        elif msg["value"] is not None or msg["done"]:
+            return
         elif (
             self.enumerate_sites is not None
             and getattr(msg["fn"], "has_enumerate_support", False)

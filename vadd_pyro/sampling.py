@@ -25,11 +25,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadd_pyro.densities import plate_dims
-from vadd_pyro.distributions import draw_categorical, token_logits
+from vadd_pyro.distributions import check_vocabulary, draw_categorical, token_logits
 from vadd_pyro.process import MaskedBatch, MaskingProcess, make_time_grid
-from vadd_pyro.programs import evaluation
+from vadd_pyro.programs import evaluation, modules_of
 from vadd_pyro.recorder import Recorder, Site
+from vadd_pyro.sites import data_plate, is_row_site
 
 __all__ = ["sample", "seeded"]
 
@@ -51,8 +51,8 @@ def seeded(seed: int | None) -> Iterator[None]:
 
 def device_of(program: Any, default: torch.device | None = None) -> torch.device:
     """The device of a program's first parameter or buffer, else the default device of torch."""
-    if isinstance(program, torch.nn.Module):
-        for tensor in (*program.parameters(), *program.buffers()):
+    for module in modules_of(program):
+        for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device
     return torch.empty(0).device if default is None else default
 
@@ -60,9 +60,12 @@ def device_of(program: Any, default: torch.device | None = None) -> torch.device
 class _Generator(Recorder):
     """Runs a program forward and draws its tokens only where they are wanted."""
 
-    def __init__(self, wanted: Tensor, replay: dict[str, Tensor] | None = None) -> None:
+    def __init__(
+        self, wanted: Tensor, vocab_size: int, replay: dict[str, Tensor] | None = None
+    ) -> None:
         super().__init__(replay)
         self.wanted = wanted
+        self.vocab_size = vocab_size
         self.tokens: Tensor | None = None
 
     def _process_message(self, msg: Any) -> None:
@@ -77,6 +80,7 @@ class _Generator(Recorder):
     def _draw(self, logits: Tensor) -> Tensor:
         """Tokens ``(B, D)``; where few are wanted, only those are drawn."""
         wanted = self.wanted
+        check_vocabulary(logits, self.vocab_size)
         logits = logits.expand(wanted.shape + logits.shape[-1:])
         if 2 * int(wanted.sum()) > wanted.numel():
             return draw_categorical(logits)
@@ -88,19 +92,24 @@ class _Generator(Recorder):
 def _generate(
     model: Callable[..., Any],
     batch: MaskedBatch,
-    wanted: Tensor,
-    replay: dict[str, Tensor] | None,
+    vocab_size: int,
+    replay: dict[str, Tensor],
     args: tuple[Any, ...],
-) -> tuple[Tensor, dict[str, Site]]:
-    with _Generator(wanted, replay) as generator:
+) -> tuple[Tensor, dict[str, Site], dict[str, Tensor]]:
+    """Tokens at the batch's target positions, latent sites of the rows, and shared values."""
+    with _Generator(batch.target, vocab_size, replay) as generator:
         model(batch, *args)
     if generator.tokens is None:
         raise ValueError(
             "the model has no site 'x_0' to generate tokens with; it has "
             f"{sorted(generator.sites)}"
         )
+    plate = data_plate(generator.sites["x_0"])
     latents = {n: s for n, s in generator.sites.items() if n != "x_0" and not s.observed}
-    return generator.tokens, latents
+    per_row = {n: is_row_site(s, plate, len(batch)) for n, s in latents.items()}
+    rows = {n: s for n, s in latents.items() if per_row[n]}
+    shared = {n: s.value for n, s in latents.items() if not per_row[n]}
+    return generator.tokens, rows, shared
 
 
 def start_state(
@@ -162,7 +171,7 @@ def sample(
         seed: seed of this call; None draws on torch's global state.
         batch_size: rows per network call.
         device: where to compute; by default the model's.
-        args: further arguments of the program.
+        args: further arguments of the program, the same for all rows.
 
     Returns:
         ``(num_samples, D)`` long, or ``(N * num_samples, D)``, completions of a row one after
@@ -217,44 +226,32 @@ def _sample_rows(
     edges = grids if len(grids) > 1 else grids[0]
     step = process.reveal_steps(tuple(x.shape), edges, x.device).masked_fill(~masked, 0)
     times = grids.to(torch.get_default_dtype()).expand(len(x), -1)
-    row_values: dict[str, Tensor] = {}
+    kept: dict[str, tuple[Tensor, int]] = {}  # shared latents, and the dimension of their rows
 
-    def run(rows: Tensor, t: Tensor, target: Tensor) -> tuple[Tensor, dict[str, Tensor]]:
-        replay = {**global_values, **{n: v[rows] for n, v in row_values.items()}}
-        batch = MaskedBatch(x[rows], t, masked[rows], target)
-        tokens, latents = _generate(model, batch, target, replay, args)
-        drawn = {}
-        for name, site in latents.items():
-            if _is_row(site, len(batch), latents):
-                drawn[name] = site.value
-            else:
-                global_values.setdefault(name, site.value)
-        return tokens, drawn
+    def advance(rows: Tensor, now: Tensor) -> dict[str, Site]:
+        """Take the rows through the step that each stands before."""
+        target = step[rows] == now.unsqueeze(-1)
+        replay = {name: value.index_select(dim, rows) for name, (value, dim) in kept.items()}
+        batch = MaskedBatch(x[rows], times[rows, now], masked[rows], target)
+        tokens, latents, shared = _generate(
+            model, batch, process.vocab_size, {**global_values, **replay}, args
+        )
+        for name, value in shared.items():
+            global_values.setdefault(name, value)
+        x[rows] = torch.where(target, tokens, x[rows])
+        masked[rows] &= ~target
+        step[rows] = step[rows].masked_fill(target, 0)
+        return latents
 
     if latent == "shared" and masked.any():
-        # Drawn where the chain starts, even if the first step reveals nothing.
+        # Drawn where the chain starts, even in rows in which the first step reveals nothing.
         everything = torch.arange(len(x), device=x.device)
-        row_values.update(run(everything, times[:, -1], torch.zeros_like(masked))[1])
+        first = torch.full_like(everything, times.shape[1] - 1)
+        latents = advance(everything, first)
+        kept = {name: (s.value, -1 - s.fn.event_dim) for name, s in latents.items()}
     while True:
         current = step.amax(-1)
         rows = current.nonzero().squeeze(-1)
         if len(rows) == 0:
             return x
-        now = current[rows]
-        target = step[rows] == now.unsqueeze(-1)
-        t = times[rows, now]
-        tokens, _ = run(rows, t, target)
-        x[rows] = torch.where(target, tokens, x[rows])
-        masked[rows] &= ~target
-        step[rows] = step[rows].masked_fill(target, 0)
-
-
-def _is_row(site: Site, num_rows: int, sites: dict[str, Site]) -> bool:
-    """Whether a site's value has one entry per row.
-
-    It stands in the data plate, or no site does and its shape says so.
-    """
-    if any(-1 in plate_dims(other) for other in sites.values()):
-        return -1 in plate_dims(site)
-    shape = site.fn.batch_shape
-    return len(shape) > 0 and shape[-1] == num_rows
+        advance(rows, current[rows])

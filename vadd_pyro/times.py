@@ -6,19 +6,15 @@ row counts. Under the first three classes the expected weighted term is the same
 they are, other objectives: at high dimension uniform times almost never show the all-masked state,
 from which every sample starts (SPEC section 3).
 
-=========================  =================================================
-=============================== class                      time ``t`` of a row
-          weight of a row
-=========================  =================================================
-=============================== ``UniformTimes``           uniform
-          ``w(t)`` ``UniformTimes(True)``     uniform, masks given at least one masked
-          ``w(t) (1 - alpha(t)^D)``
-``BalancedTimes``          density proportional to the line above             constant, ``1 + 1/2 +
-... + 1/D`` ``AtomTimes``              1 for a share of rows, else as told                1 for
-that share, else as told ``GridTimes``              points of one or several T-step grids
-   ``T``, times ``rho`` for the DELBO
-=========================  =================================================
-===============================
+====================== =============================================== ==========================
+class                  time ``t`` of a row                             weight of a row
+====================== =============================================== ==========================
+``UniformTimes()``     uniform                                         ``w(t)``
+``UniformTimes(True)`` uniform, masks given at least one masked        ``w(t) (1 - alpha(t)^D)``
+``BalancedTimes()``    density proportional to the weight above        ``1 + 1/2 + ... + 1/D``
+``AtomTimes(share)``   1 for a share of rows, else as told             1 for those, else as told
+``GridTimes(T)``       points of one or several T-step grids           ``T``; DELBO: ``T rho``
+====================== =============================================== ==========================
 
 Times are laid out on a randomly shifted lattice over the batch, so that each is exactly
 distributed as stated and together they cover the range evenly (low-variance sampling, Kingma et
@@ -200,4 +196,4 @@ class GridTimes(TimeDistribution):
         return TimeDraw(t, weight, s)
 
     def __repr__(self) -> str:
-        return f"GridTimes({[len(grid) - 1 for grid in self.grids]})"
+        return f"GridTimes({[[round(t, 9) for t in grid.tolist()] for grid in self.grids]})"

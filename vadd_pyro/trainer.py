@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import pyro
-import pyro.poutine as poutine
 import torch
+from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from vadd_pyro.checkpoints import (
@@ -26,6 +26,7 @@ from vadd_pyro.checkpoints import (
     save_checkpoint,
 )
 from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.programs import modules_of
 
 __all__ = ["Batches", "History", "NonFiniteLossError", "Run", "Weights", "scheduled_rate"]
 
@@ -106,6 +107,20 @@ def scheduled_rate(
     return base * (final + (1 - final) * share)
 
 
+class _Parameters(Messenger):
+    """Collects the parameters that programs name to Pyro.
+
+    Unlike a trace, it does not move a :class:`~vadd_pyro.Program` to enter its own in the store.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.found: dict[str, Tensor] = {}
+
+    def _pyro_post_param(self, msg: Any) -> None:
+        self.found[msg["name"]] = msg["value"]
+
+
 class Weights:
     """All parameters of a pair of programs by name.
 
@@ -114,28 +129,36 @@ class Weights:
 
     def __init__(self, model: Any, guide: Any) -> None:
         self.modules = {
-            name: program
+            name if number == 0 else f"{name}_{number}": module
             for name, program in (("model", model), ("guide", guide))
-            if isinstance(program, nn.Module)
+            for number, module in enumerate(modules_of(program))
         }
         self.named: dict[str, Tensor] = {}
+        self.frozen: list[nn.Parameter] = []
         known: set[int] = set()
         for prefix, module in self.modules.items():
             for name, parameter in module.named_parameters():
-                if parameter.requires_grad and id(parameter) not in known:
-                    known.add(id(parameter))
+                if id(parameter) in known:
+                    continue
+                known.add(id(parameter))
+                if parameter.requires_grad:
                     self.named[f"{prefix}.{name}"] = parameter
+                else:
+                    self.frozen.append(parameter)
 
-    def add_from_store(self, trace: Any) -> None:
-        """Take over parameters that the programs named to Pyro and that no module holds."""
-        known = {id(parameter) for parameter in self.named.values()}
-        for name, node in trace.nodes.items():
-            if node["type"] == "param":
-                value = node["value"]
-                parameter = value.unconstrained() if hasattr(value, "unconstrained") else value
-                if parameter.is_leaf and parameter.requires_grad and id(parameter) not in known:
-                    known.add(id(parameter))
-                    self.named[f"store.{name}"] = parameter
+    def add_from_store(self, found: dict[str, Tensor]) -> None:
+        """Take over parameters that the programs named to Pyro and that no module holds.
+
+        Those that were frozen stay so: Pyro's store asks every parameter for its gradient.
+        """
+        for parameter in self.frozen:
+            parameter.requires_grad_(False)
+        known = {id(parameter) for parameter in (*self.named.values(), *self.frozen)}
+        for name, value in found.items():
+            own: Tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
+            if own.is_leaf and own.requires_grad and id(own) not in known:
+                known.add(id(own))
+                self.named[f"store.{name}"] = own
 
     def values(self) -> list[Tensor]:
         return list(self.named.values())
@@ -146,18 +169,24 @@ class Weights:
         return {**buffers, "store": store}
 
     def load(self, state: dict[str, Any], path: Path) -> None:
-        for name, module in self.modules.items():
-            try:
-                module.load_state_dict(state[name])
-            except (KeyError, RuntimeError) as error:
-                raise ValueError(f"{path} does not fit this {name}: {error}") from error
-        stored, held = state["store"], {n for n in self.named if n.startswith("store.")}
-        if set(stored) != held:
-            raise ValueError(
-                f"{path} does not fit: it has parameters {sorted(stored)}, the programs "
-                f"{sorted(held)}"
+        """Take over a saved state, all of it or, if anything does not fit, nothing."""
+        stored = state["store"]
+        held = {name: p for name, p in self.named.items() if name.startswith("store.")}
+        pairs: list[tuple[str, dict[str, Tensor], dict[str, Tensor]]] = [
+            (name, state.get(name, {}), module.state_dict())
+            for name, module in self.modules.items()
+        ]
+        for name, saved, own in [*pairs, ("Pyro parameters", stored, held)]:
+            differing = sorted(set(saved) ^ set(own)) or sorted(
+                key for key in own if saved[key].shape != own[key].shape
             )
+            if differing:
+                raise ValueError(
+                    f"{path} does not fit this {name}: they differ in {', '.join(differing[:5])}"
+                )
         with torch.no_grad():
+            for name, module in self.modules.items():
+                module.load_state_dict(state[name])
             for name, value in stored.items():
                 self.named[name].copy_(value)
 
@@ -194,9 +223,9 @@ class Run:
         """
         state = random_state()
         self.elbo.iteration = 0
-        with pyro.validation_enabled(True), poutine.trace(param_only=True) as capture:
+        with pyro.validation_enabled(True), _Parameters() as parameters_seen:
             self.elbo.loss(self.model, self.guide, self.batches(0))
-        self.weights.add_from_store(capture.trace)
+        self.weights.add_from_store(parameters_seen.found)
         restore_random_state(state)
         parameters = self.weights.values()
         if not parameters:
@@ -214,8 +243,10 @@ class Run:
         self.base_rates = [group["lr"] for group in self.optimizer.param_groups]
         if self.configuration["ema_decay"] is not None:
             self.average = [parameter.detach().clone() for parameter in parameters]
-        for program in self.weights.modules.values():
-            program.train()
+        self.configuration["optimizer"] = type(self.optimizer).__name__
+        for module in self.weights.modules.values():
+            # A module that is held fixed is not trained in its batch statistics either.
+            module.train(any(p.requires_grad for p in module.parameters()))
 
     def rate(self, base: float) -> float:
         """Scheduled step size."""

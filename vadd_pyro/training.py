@@ -8,7 +8,10 @@ CPU. ``pyro.infer.SVI`` trains the same pair; :func:`fit` is faster and keeps mo
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable
+from contextlib import ExitStack
+from inspect import isfunction
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +20,9 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vadd_pyro.checkpoints import random_state, restore_random_state
+from vadd_pyro.checkpoints import check_writable, random_state, restore_random_state
 from vadd_pyro.elbo import MaskedDiffusionELBO
-from vadd_pyro.programs import check_store
+from vadd_pyro.programs import check_store, kept_modes
 from vadd_pyro.trainer import Batches, History, NonFiniteLossError, Run, Weights
 
 __all__ = ["History", "NonFiniteLossError", "fit", "fit_guide"]
@@ -30,8 +33,20 @@ def _check_arguments(**arguments: Any) -> None:
         value = arguments[name]
         if isinstance(value, bool) or not isinstance(value, int) or value < 1:
             raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+    for name in ("learning_rate", "final_learning_rate", "clip_norm", "ema_decay"):
+        value = arguments[name]
+        if value is not None and not isinstance(value, int | float):
+            raise TypeError(f"{name} must be a number, got {value!r}")
+    seed = arguments["seed"]
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**32:
+        raise ValueError(f"seed must be an integer in 0..2**32 - 1, got {seed!r}")
     if not arguments["learning_rate"] > 0:
         raise ValueError(f"learning_rate must be positive, got {arguments['learning_rate']!r}")
+    if not 0 <= arguments["final_learning_rate"] <= 1:
+        raise ValueError(
+            "final_learning_rate is a share of learning_rate and must lie in [0, 1], got "
+            f"{arguments['final_learning_rate']!r}"
+        )
     if not 0 <= arguments["warmup"] <= arguments["num_iterations"]:
         raise ValueError(
             f"warmup must lie between 0 and num_iterations = {arguments['num_iterations']}, got "
@@ -48,6 +63,26 @@ def _check_arguments(**arguments: Any) -> None:
         raise ValueError(f"ema_decay must lie in (0, 1) or be None, got {ema!r}")
     if arguments["resume"] and arguments["checkpoint"] is None:
         raise ValueError("resume=True needs the checkpoint to resume from")
+
+
+def _fingerprint(elbo: MaskedDiffusionELBO) -> str:
+    """What a loss is made of, as a text that a resumed run must repeat."""
+    schedule = elbo.process.schedule
+    alpha = schedule.alpha(torch.linspace(0, 1, 17, dtype=torch.double))
+    weight: Any = elbo.kl_weight
+    if isfunction(weight) or (callable(weight) and type(weight).__repr__ is object.__repr__):
+        weight = getattr(weight, "__qualname__", type(weight).__qualname__)
+    return repr(
+        (
+            elbo.process,
+            [round(a, 9) for a in alpha.tolist()],
+            elbo.objective,
+            elbo.times,
+            weight,
+            elbo.num_particles,
+            elbo.importance_weighted,
+        )
+    )
 
 
 def fit(
@@ -120,9 +155,14 @@ def fit(
         batches: Callable[[int], Tensor] = Batches(
             process.check_tokens(data, "data"), batch_size, seed, device
         )
-        size: int | None = len(data)
+        fingerprint = f"{len(data)} rows, crc32 {zlib.crc32(data.cpu().numpy().tobytes()):08x}"
+    elif not callable(data):
+        raise TypeError(
+            f"data must be a tensor of tokens or a function of the batch size, got "
+            f"{type(data).__name__}"
+        )
     else:
-        draw_data, size = data, None
+        draw_data, fingerprint = data, "drawn by a function"
 
         def batches(iteration: int) -> Tensor:
             return process.check_tokens(draw_data(batch_size), "data").to(device)
@@ -137,13 +177,16 @@ def fit(
         "clip_norm": clip_norm,
         "ema_decay": ema_decay,
         "seed": seed,
-        "num_rows": size,
-        "objective": repr((elbo.objective, elbo.times, elbo.kl_weight, elbo.num_particles)),
-        "process": repr(process),
+        "data": fingerprint,
+        "objective": _fingerprint(elbo),
     }
     path = None if checkpoint is None else Path(checkpoint)
+    if path is not None:
+        check_writable(path)
     outside = random_state()
-    try:
+    with ExitStack() as stack:
+        stack.callback(restore_random_state, outside)
+        stack.enter_context(kept_modes(model, guide))
         pyro.set_rng_seed(seed)
         run = Run(model, guide, elbo, weights, batches, configuration)
         run.prepare(optimizer)
@@ -169,8 +212,6 @@ def fit(
                 ):
                     run.save(path)
         run.finish()
-    finally:
-        restore_random_state(outside)
     return run.history
 
 

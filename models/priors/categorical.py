@@ -15,7 +15,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 
-from vadd_pyro.process import MaskedBatch
+from vadd_pyro.process import MaskedBatch, check_size
 
 __all__ = ["Categorical"]
 
@@ -31,9 +31,8 @@ class Categorical(nn.Module):
 
     def __init__(self, num_codes: int, latent_dim: int = 16) -> None:
         super().__init__()
-        for name, value in (("num_codes", num_codes), ("latent_dim", latent_dim)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_size("num_codes", num_codes)
+        check_size("latent_dim", latent_dim)
         self.num_codes = num_codes
         self.latent_dim = latent_dim
         self.logits = nn.Parameter(torch.zeros(num_codes))

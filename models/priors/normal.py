@@ -1,11 +1,11 @@
 r"""Normal priors: the paper's, one that sees the state, and a learned mixture.
 
-==================== ======================================================================
-``StandardNormal``   :math:`p(z) = N(0, I)` (Xie et al. 2025)
-``ConditionalNormal`` :math:`p(z \mid x_t, t) = N(m(x_t, t), s(x_t, t)^2)`
-``MixtureOfNormals`` :math:`p(z) = \sum_k \pi_k N(m_k, s_k^2)`, all learned (Jiang et al. 2017,
-VaDE)
-==================== ======================================================================
+``StandardNormal``
+    :math:`p(z) = N(0, I)` (Xie et al. 2025).
+``ConditionalNormal``
+    :math:`p(z \mid x_t, t) = N(m(x_t, t), s(x_t, t)^2)`.
+``MixtureOfNormals``
+    :math:`p(z) = \sum_k \pi_k N(m_k, s_k^2)`, all learned (Jiang et al. 2017, VaDE).
 """
 
 from __future__ import annotations
@@ -18,14 +18,10 @@ from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from vadd_pyro.distributions import DiagonalNormal
-from vadd_pyro.process import MaskedBatch
+from vadd_pyro.process import MaskedBatch, check_size
+from vadd_pyro.programs import check_callable
 
 __all__ = ["ConditionalNormal", "MixtureOfNormals", "StandardNormal"]
-
-
-def _check_latent_dim(latent_dim: int) -> None:
-    if isinstance(latent_dim, bool) or not isinstance(latent_dim, int) or latent_dim < 1:
-        raise ValueError(f"latent_dim must be an integer of at least 1, got {latent_dim!r}")
 
 
 class StandardNormal(nn.Module):
@@ -40,7 +36,7 @@ class StandardNormal(nn.Module):
 
     def __init__(self, latent_dim: int) -> None:
         super().__init__()
-        _check_latent_dim(latent_dim)
+        check_size("latent_dim", latent_dim)
         self.latent_dim = latent_dim
         self.register_buffer("z_loc", torch.zeros(latent_dim), persistent=False)
         self.register_buffer("z_scale", torch.ones(latent_dim), persistent=False)
@@ -59,6 +55,7 @@ class ConditionalNormal(nn.Module):
 
     def __init__(self, network: Callable[[MaskedBatch], tuple[Tensor, Tensor]]) -> None:
         super().__init__()
+        check_callable("network", network)
         self.network = network
 
     def forward(self, batch: MaskedBatch) -> DiagonalNormal:
@@ -77,9 +74,8 @@ class MixtureOfNormals(nn.Module):
 
     def __init__(self, latent_dim: int, num_components: int = 32, spread: float = 1.0) -> None:
         super().__init__()
-        _check_latent_dim(latent_dim)
-        if num_components < 1:
-            raise ValueError(f"num_components must be at least 1, got {num_components}")
+        check_size("latent_dim", latent_dim)
+        check_size("num_components", num_components)
         self.latent_dim = latent_dim
         self.logits = nn.Parameter(torch.zeros(num_components))
         self.z_loc = nn.Parameter(spread * torch.randn(num_components, latent_dim))

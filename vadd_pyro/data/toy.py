@@ -1,13 +1,14 @@
-r"""Densities in the plane on a grid of ``K`` by ``K`` bins, with the true probability of every
-bin.
+r"""Densities in the plane on a grid of ``K`` by ``K`` bins, and the probability of every bin.
 
 Most are a curve or a set of centres with isotropic normal noise, so the probability of a bin is a
-one-dimensional integral of products of normal distribution functions, done here by quadrature; the
-checkerboard is in closed form; the pinwheel from 16 million draws. The first and the last bin of
-an axis reach to infinity.
+one-dimensional integral of products of normal distribution functions, done here by quadrature;
+the checkerboard is in closed form; the pinwheel from 16 million draws. The first and the last bin
+of an axis reach to infinity.
 
 The shapes are those of Grathwohl et al. 2019 (FFJORD, arXiv 1810.01367); ``eight_modes`` and
 ``swiss_roll_es`` follow the protocol of Ivanov et al. 2026 (App. B.1): 49 edges on ``[-3, 3]``.
+Circles and moons have the law of scikit-learn's, which lay their points out evenly; here every
+draw is independent.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from collections.abc import Callable
 import numpy as np
 import torch
 from scipy.special import ndtr
-from sklearn.datasets import make_circles, make_moons, make_swiss_roll
+from sklearn.datasets import make_swiss_roll
 from torch import Tensor
 
 from vadd_pyro.data.base import TokenDistribution
@@ -89,8 +90,10 @@ def _edges(vocab_size: int, low: float, high: float) -> np.ndarray:
     return np.linspace(low, high, vocab_size + 1)[1:-1]
 
 
-def _seed(rng: np.random.Generator) -> int:
-    return int(rng.integers(2**31))
+def _protocol_edges(vocab_size: int) -> np.ndarray:
+    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 3:
+        raise ValueError(f"vocab_size must be an integer of at least 3, got {vocab_size!r}")
+    return np.linspace(-3, 3, vocab_size - 1)
 
 
 def _smoothed(points: Points, weights: np.ndarray, sd: float, edges: np.ndarray) -> np.ndarray:
@@ -108,15 +111,18 @@ def _noisy_curve(
     edges: np.ndarray,
     curve: Callable[[np.ndarray], Points],
     sd: float,
-    draw_points: Callable[[int, np.random.Generator], Points],
+    draw_points: Callable[[int, np.random.Generator], Points] | None = None,
 ) -> ToyDensity:
     """A curve ``[0, 1] -> plane`` run through uniformly, with normal noise."""
+
+    def draw(n: int, rng: np.random.Generator) -> Points:
+        return curve(rng.random(n)) + sd * rng.standard_normal((n, 2))
 
     def law(edges: np.ndarray) -> np.ndarray:
         middle = (np.arange(_QUADRATURE) + 0.5) / _QUADRATURE
         return _smoothed(curve(middle), np.full(_QUADRATURE, 1 / _QUADRATURE), sd, edges)
 
-    return ToyDensity(name, edges, draw_points, law)
+    return ToyDensity(name, edges, draw if draw_points is None else draw_points, law)
 
 
 def checkerboard(vocab_size: int = 100) -> ToyDensity:
@@ -141,7 +147,7 @@ def checkerboard(vocab_size: int = 100) -> ToyDensity:
 
 def _roll(sd: float, divisor: float, name: str, edges: np.ndarray) -> ToyDensity:
     def draw(n: int, rng: np.random.Generator) -> Points:
-        points, _ = make_swiss_roll(n, noise=sd, random_state=_seed(rng))
+        points, _ = make_swiss_roll(n, noise=sd, random_state=int(rng.integers(2**31)))
         return points[:, [0, 2]] / divisor
 
     def curve(u: np.ndarray) -> Points:
@@ -163,32 +169,23 @@ def swiss_roll_es(vocab_size: int = 50) -> ToyDensity:
 
     ``make_swiss_roll(noise=0.45)`` divided by 7.5, ``vocab_size - 1`` edges on ``[-3, 3]``.
     """
-    return _roll(0.45, 7.5, "swiss roll (ES)", np.linspace(-3, 3, vocab_size - 1))
+    return _roll(0.45, 7.5, "swiss roll (ES)", _protocol_edges(vocab_size))
 
 
 def circles(vocab_size: int = 100) -> ToyDensity:
-    """scikit-learn's ``make_circles(factor=0.5, noise=0.08)`` times 3, on ``[-4, 4]``."""
-
-    def draw(n: int, rng: np.random.Generator) -> Points:
-        points, _ = make_circles(n, factor=0.5, noise=0.08, random_state=_seed(rng))
-        return 3 * points
+    """The law of ``make_circles(factor=0.5, noise=0.08)`` times 3, on ``[-4, 4]``."""
 
     def curve(u: np.ndarray) -> Points:
-        outer = u < 0.5
         angle = 4 * np.pi * u
-        radius = np.where(outer, 3.0, 1.5)
+        radius = np.where(u < 0.5, 3.0, 1.5)
         return np.stack([radius * np.cos(angle), radius * np.sin(angle)], -1)
 
-    return _noisy_curve("circles", _edges(vocab_size, -4, 4), curve, 0.24, draw)
+    return _noisy_curve("circles", _edges(vocab_size, -4, 4), curve, 0.24)
 
 
 def moons(vocab_size: int = 100) -> ToyDensity:
-    """``make_moons(noise=0.1)`` times 2, shifted by ``(-1, -0.5)``, on ``[-4, 4]``."""
+    """The law of ``make_moons(noise=0.1)`` times 2, shifted by ``(-1, -0.5)``, on ``[-4, 4]``."""
     shift = np.array([-1.0, -0.5])
-
-    def draw(n: int, rng: np.random.Generator) -> Points:
-        points, _ = make_moons(n, noise=0.1, random_state=_seed(rng))
-        return 2 * points + shift
 
     def curve(u: np.ndarray) -> Points:
         angle = np.pi * (2 * u % 1)
@@ -196,13 +193,13 @@ def moons(vocab_size: int = 100) -> ToyDensity:
         lower = np.stack([1 - np.cos(angle), 0.5 - np.sin(angle)], -1)
         return 2 * np.where((u < 0.5)[:, None], upper, lower) + shift
 
-    return _noisy_curve("moons", _edges(vocab_size, -4, 4), curve, 0.2, draw)
+    return _noisy_curve("moons", _edges(vocab_size, -4, 4), curve, 0.2)
 
 
 def two_spirals(vocab_size: int = 100) -> ToyDensity:
     """Two interleaved spirals on ``[-4, 4]``.
 
-    Radius proportional to an angle up to 3 pi, denser outside, noise 0.1.
+    The radius is proportional to an angle up to 3 pi, denser outside, with noise 0.1.
     """
 
     def curve(u: np.ndarray) -> Points:
@@ -210,16 +207,13 @@ def two_spirals(vocab_size: int = 100) -> ToyDensity:
         sign = np.where(u < 0.5, 1.0, -1.0)[:, None]
         return sign * np.stack([-np.cos(angle) * angle, np.sin(angle) * angle], -1) / 3
 
-    def draw(n: int, rng: np.random.Generator) -> Points:
-        return curve(rng.random(n)) + 0.1 * rng.standard_normal((n, 2))
-
-    return _noisy_curve("two spirals", _edges(vocab_size, -4, 4), curve, 0.1, draw)
+    return _noisy_curve("two spirals", _edges(vocab_size, -4, 4), curve, 0.1)
 
 
 def pinwheel(vocab_size: int = 100) -> ToyDensity:
-    """Five twisted normal blades on ``[-4, 4]`` (Johnson et al.
+    """Five twisted normal blades on ``[-4, 4]``, after Johnson et al. 2016.
 
-    2016); the law of the bins is from 16 million draws.
+    The law of the bins is from 16 million draws.
     """
 
     def draw(n: int, rng: np.random.Generator) -> Points:
@@ -259,7 +253,7 @@ def eight_modes(vocab_size: int = 50, seed: int = 0) -> ToyDensity:
     def law(edges: np.ndarray) -> np.ndarray:
         return _smoothed(centers, np.full(8, 1 / 8), 0.09, edges)
 
-    return ToyDensity("8-modes", np.linspace(-3, 3, vocab_size - 1), draw, law)
+    return ToyDensity("8-modes", _protocol_edges(vocab_size), draw, law)
 
 
 TOYS: dict[str, Callable[..., ToyDensity]] = {

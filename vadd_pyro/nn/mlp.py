@@ -14,7 +14,7 @@ import math
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
-from vadd_pyro.process import MaskedBatch, MaskingProcess
+from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
 __all__ = ["MLPDecoder", "MLPEncoder", "StateEncoder"]
 
@@ -24,9 +24,7 @@ _LEAST_SCALE = 1e-4
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        least = 0 if name == "latent_dim" else 1
-        if isinstance(value, bool) or not isinstance(value, int) or value < least:
-            raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
+        check_size(name, value, least=0 if name == "latent_dim" else 1)
 
 
 class _Hidden(nn.Module):
@@ -103,6 +101,11 @@ class MLPDecoder(nn.Module):
                 f"z must have latent_dim = {self.latent_dim} as its last dimension, got "
                 f"{None if z is None else tuple(z.shape)}"
             )
+        if self.latent is None and z is not None:
+            raise ValueError(
+                f"the decoder has latent_dim = 0 and would ignore z {tuple(z.shape)}: give it the "
+                "size of the latent"
+            )
         same_for_all_rows = z is not None and z.dim() > 2 and z.shape[-2] == 1
         if same_for_all_rows and self.time is None and len(x_t) > 1:
             # The latents of a support, laid out for all rows: equal rows share the work.
@@ -146,9 +149,8 @@ class MLPEncoder(nn.Module):
         time_conditioning: bool = False,
     ) -> None:
         super().__init__()
+        check_size("latent_dim", latent_dim)
         _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
         self.latent_dim = latent_dim
         self.embedding = nn.Embedding(process.vocab_size, embedding_dim)
         self.status = nn.Embedding(3, embedding_dim)  # visible, masked, masked and targeted
@@ -190,9 +192,8 @@ class StateEncoder(nn.Module):
         embedding_dim: int = 32,
     ) -> None:
         super().__init__()
+        check_size("latent_dim", latent_dim)
         _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
-        if latent_dim < 1:
-            raise ValueError(f"latent_dim must be at least 1, got {latent_dim}")
         self.latent_dim = latent_dim
         self.embedding = nn.Embedding(process.vocab_size + 1, embedding_dim)
         self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
