@@ -43,14 +43,15 @@ class RowTerms(NamedTuple):
             applied.
         kl: its latent part ``log r(z) - log p(z)`` (or the closed form), ``(B,)``, unweighted by
             ``lambda``; detached.
-        shared: contribution of sites outside the data plate, a scalar, counted once.
+        shared: contribution of sites outside the data plate, a scalar, counted once; None without
+            such sites.
         surrogate: a scalar equal to zero whose gradient completes that of the rows where draws are
             not reparameterised; None where all are. Row weights are already in it.
     """
 
     rows: Tensor
     kl: Tensor
-    shared: Tensor
+    shared: Tensor | None
     surrogate: Tensor | None = None
 
 
@@ -154,13 +155,14 @@ def score(
         )
 
     dims = [site.enum_dim for site in summed if site.enum_dim is not None]
-    log_x, log_z, log_r = layout.sum(data), layout.sum(prior), layout.sum(posterior)
+    log_x = layout.sum(data)
     if dims:
+        log_z = layout.sum(prior)
         joint = _logsumexp(log_x + log_z, dims)
-        drawn_sites = len(prior) > len(summed)
-        log_z = _logsumexp(log_z, dims) if drawn_sites else torch.zeros_like(joint)
-        log_x = joint - log_z if drawn_sites else joint
-    kl = layout.sum(closed_rows) + log_r - log_z
+        drawn_sites = len(prior) > len(summed)  # else the codes' own probabilities sum to one
+        prior = [_logsumexp(log_z, dims)] if drawn_sites else []
+        log_x = joint - prior[0] if drawn_sites else joint
+    kl = layout.sum([*closed_rows, *posterior, *(-value for value in prior)])
     if kl_weight == 0:
         total = log_x.expand(torch.broadcast_shapes(log_x.shape, kl.shape))
     else:
@@ -198,7 +200,7 @@ def score(
         row, kl_row, learning_signal = row * factor, kl_row * factor, learning_signal * factor
     zero = row.new_zeros(())
     row = torch.where(active, row, zero)
-    shared_total = torch.stack([s.sum() for s in shared]).sum() if shared else zero
+    shared_total = torch.stack([s.sum() for s in shared]).sum() if shared else None
 
     surrogate = None
     if undifferentiated or undifferentiated_shared:
@@ -282,7 +284,7 @@ def _surrogate(
     undifferentiated_shared: list[Tensor],
     learning_signal: Tensor,
     row: Tensor,
-    shared_total: Tensor,
+    shared_total: Tensor | None,
     *,
     weights: Tensor,
     layout: Layout,
@@ -296,10 +298,13 @@ def _surrogate(
     if undifferentiated:
         log_r = layout.sum(undifferentiated)
         parts.append((learning_signal.detach() * log_r * share * weights).sum())
-        # What all rows share depends on every row's draw; it is the mean over particles already.
-        parts.append(shared_total.detach() * log_r.sum())
+        if shared_total is not None:
+            # It depends on every row's draw, and is the mean over particles already.
+            parts.append(shared_total.detach() * log_r.sum())
     if undifferentiated_shared:
-        signal = ((row * weights).sum() + shared_total).detach()
+        signal = (row * weights).sum().detach()
+        if shared_total is not None:
+            signal = signal + shared_total.detach()
         parts.append(signal * torch.stack([v.sum() for v in undifferentiated_shared]).sum())
     total = torch.stack(parts).sum()
     return total - total.detach() if total.requires_grad else None

@@ -239,12 +239,11 @@ class MaskedDiffusionELBO(ELBO):
                 **options,
             )
         terms = [score(*pair, **options) for pair in runs]
-        surrogates = [term.surrogate for term in terms if term.surrogate is not None]
         return RowTerms(
             torch.stack([term.rows for term in terms]).mean(0),
             torch.stack([term.kl for term in terms]).mean(0),
-            torch.stack([term.shared for term in terms]).mean(),
-            torch.stack(surrogates).mean() if surrogates else None,
+            _mean([term.shared for term in terms]),
+            _mean([term.surrogate for term in terms]),
         )
 
     def record(
@@ -297,14 +296,9 @@ class MaskedDiffusionELBO(ELBO):
         """Loss of a batch with its parts, all summed over rows: see :class:`LossTerms`."""
         batch = x_0 if isinstance(x_0, MaskedBatch) else self.draw(x_0)
         row = self.score(model, guide, batch, *args, **kwargs)
-        elbo, kl = row.rows, row.kl
-        if batch.weight is not None:
-            elbo, kl = elbo * batch.weight, kl * batch.weight
-        loss = -(elbo.sum() + row.shared)
-        total_kl = kl.sum()
+        loss = _total(row, batch)
+        total_kl = (row.kl if batch.weight is None else row.kl * batch.weight).sum()
         reconstruction = loss.detach() - self.current_kl_weight() * total_kl
-        if row.surrogate is not None:
-            loss = loss - row.surrogate
         return LossTerms(loss, reconstruction, total_kl)
 
     # ------------------------------------------------------------ Pyro's names
@@ -315,7 +309,12 @@ class MaskedDiffusionELBO(ELBO):
             return float(self.terms(model, guide, *args, **kwargs).loss)
 
     def differentiable_loss(
-        self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any
+        self,
+        model: StepProgram,
+        guide: StepProgram,
+        x_0: Tensor | MaskedBatch,
+        *args: Any,
+        **kwargs: Any,
     ) -> Tensor:
         """The loss as a differentiable scalar, summed over rows.
 
@@ -324,7 +323,8 @@ class MaskedDiffusionELBO(ELBO):
         if self._checked is None or self._checked[0] is not model or self._checked[1] is not guide:
             check_store(model, guide)
             self._checked = (model, guide)
-        loss = self.terms(model, guide, *args, **kwargs).loss
+        batch = x_0 if isinstance(x_0, MaskedBatch) else self.draw(x_0)
+        loss = _total(self.score(model, guide, batch, *args, **kwargs), batch)
         if loss.requires_grad:
             self.iteration += 1
         return loss
@@ -345,6 +345,19 @@ class MaskedDiffusionELBO(ELBO):
     def _get_trace(self, model: StepProgram, guide: StepProgram, args: Any, kwargs: Any) -> Any:
         """A pair of ordinary Pyro traces, as ``pyro.infer.ELBO`` asks of its subclasses."""
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
+
+
+def _total(row: RowTerms, batch: MaskedBatch) -> Tensor:
+    """The loss: rows with their weights, what they share, and the score-function part."""
+    loss = -(row.rows if batch.weight is None else row.rows * batch.weight).sum()
+    if row.shared is not None:
+        loss = loss - row.shared
+    return loss if row.surrogate is None else loss - row.surrogate
+
+
+def _mean(values: list[Tensor | None]) -> Tensor | None:
+    present = [value for value in values if value is not None]
+    return torch.stack(present).sum() / len(values) if present else None
 
 
 def _is_local_parameter(msg: dict[str, Any]) -> bool:
