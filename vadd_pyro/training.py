@@ -110,9 +110,9 @@ def fit(
 ) -> History:
     """Train a step program and its guide.
 
-    The pair is run once before the first update, which finds bad programs and all parameters: those
-    that a program names to Pyro only later are not trained, and a ``data`` function is called once
-    more than there are updates.
+    The pair is run once before the first update, which finds bad programs and all parameters:
+    those that a program names to Pyro only later are not trained, and a ``data`` function is
+    called once more than there are updates.
 
     Args:
         model, guide: the pair; modules, or functions whose parameters live in Pyro's store.
