@@ -1,11 +1,11 @@
 """The table of results: every figure of the README, with its seeds and standard errors.
 
-    python benchmarks/quality.py checkerboard swiss_roll circles e8 es d1 d2 [--seeds 3] [--out
-    docs/results]
+    python benchmarks/quality.py checkerboard swiss_roll circles e8 es d1 d2 [--seeds 3]
 
-Each experiment trains its models once per seed and writes one JSON file; an experiment whose file
-is complete is not run again. Distances are between exact laws; validity follows the protocol of
-Ivanov et al. 2026 (App. B.1), with the 20,000 training points of the protocol.
+Each experiment trains its models once per seed and writes a JSON file to ``--out``; an experiment
+whose file is complete is not run again (the figures of the README are kept in docs/results).
+Distances are between exact laws; validity follows the protocol of Ivanov et al. 2026 (App. B.1),
+with the 20,000 training points of the protocol.
 """
 
 from __future__ import annotations
