@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import statistics
 import sys
 import time
@@ -33,6 +32,7 @@ from vadd_pyro import (
     models,
     sample,
 )
+from vadd_pyro.checkpoints import write_whole
 from vadd_pyro.data import TokenDistribution
 from vadd_pyro.demo import Pair, build, train
 from vadd_pyro.nn import MLPDecoder
@@ -101,20 +101,37 @@ def tied(model: Any, process: MaskingProcess, density: TokenDistribution) -> dic
     return row
 
 
+Scores = Callable[[Any, MaskingProcess], dict[str, Any]]
+
+
+def measured(
+    density: TokenDistribution,
+    x_0: Tensor,
+    recipes: dict[str, Any],
+    seed: int,
+    scores: Scores,
+    **options: Any,
+) -> list[dict[str, Any]]:
+    """Train each recipe on the same rows and measure it."""
+    process = density.process()
+    rows = []
+    for label, make in recipes.items():
+        torch.manual_seed(seed)
+        pair = make(process)
+        seconds = train(pair, process, x_0, seed=seed, progress=False, **options)
+        rows.append({"model": label, "seconds": seconds, **scores(pair.model, process)})
+    return rows
+
+
 def toy_experiment(name: str, recipes: dict[str, Any]) -> Callable[[int], list[dict[str, Any]]]:
     """Distances on a toy density of K = 100."""
 
     def run(seed: int) -> list[dict[str, Any]]:
         density = data.toy(name)
-        process, x_0 = density.process(), density.sample(100_000, seed=seed)
-        rows = []
-        for label, make in recipes.items():
-            torch.manual_seed(seed)
-            pair = make(process)
-            seconds = train(pair, process, x_0, seed=seed, progress=False)
-            scores = distances(pair.model, process, density)
-            rows.append({"model": label, "seconds": seconds, **scores})
-        return rows
+        x_0 = density.sample(100_000, seed=seed)
+        return measured(
+            density, x_0, recipes, seed, lambda model, process: distances(model, process, density)
+        )
 
     return run
 
@@ -126,16 +143,13 @@ def protocol_experiment(
 
     def run(seed: int) -> list[dict[str, Any]]:
         density = data.eight_modes(seed=seed) if name == "e8" else data.swiss_roll_es()
-        process, x_0 = density.process(), density.sample(20_000, seed=seed)
-        rows = []
-        for label, make in recipes.items():
-            torch.manual_seed(seed)
-            pair = make(process)
-            seconds = train(pair, process, x_0, seed=seed, progress=False)
-            scores = validities(pair.model, process, density, x_0, seed)
-            scores |= distances(pair.model, process, density)
-            rows.append({"model": label, "seconds": seconds, **scores})
-        return rows
+        x_0 = density.sample(20_000, seed=seed)
+
+        def scores(model: Any, process: MaskingProcess) -> dict[str, Any]:
+            valid = validities(model, process, density, x_0, seed)
+            return valid | distances(model, process, density)
+
+        return measured(density, x_0, recipes, seed, scores)
 
     return run
 
@@ -145,21 +159,17 @@ def tied_experiment(which: str, recipes: dict[str, Any]) -> Callable[[int], list
 
     def run(seed: int) -> list[dict[str, Any]]:
         density = data.tied_tokens(which)
-        process, x_0 = density.process(), density.sample(20_000, seed=seed)
-        rows = []
-        for label, make in recipes.items():
-            torch.manual_seed(seed)
-            pair = make(process)
-            options: dict[str, Any] = {}
-            if label != "MDM":
-                # A quarter of the rows start where samples start; the others as in the other
-                # tables.
-                options = dict(
-                    times=AtomTimes(0.25, BalancedTimes()), learning_rate=3e-3, batch_size=128
-                )
-            seconds = train(pair, process, x_0, seed=seed, progress=False, **options)
-            rows.append({"model": label, "seconds": seconds, **tied(pair.model, process, density)})
-        return rows
+        return measured(
+            density,
+            density.sample(20_000, seed=seed),
+            recipes,
+            seed,
+            lambda model, process: tied(model, process, density),
+            # A quarter of the rows start where samples start, the others as in the other tables.
+            times=AtomTimes(0.25, BalancedTimes()),
+            learning_rate=3e-3,
+            batch_size=128,
+        )
 
     return run
 
@@ -226,9 +236,8 @@ def main() -> int:
             content["seeds"] = len(content["rows"])
             content["torch"] = torch.__version__
             content["summary"] = summarise(content["rows"])
-            partial = path.with_name(path.name + ".partial")
-            partial.write_text(json.dumps(content, indent=1) + "\n")
-            os.replace(partial, path)
+            text = json.dumps(content, indent=1) + "\n"
+            write_whole(path, lambda file, text=text: file.write(text.encode()))
             elapsed = time.perf_counter() - start
             print(f"{name}: seed {seed} done after {elapsed:.0f} s", file=sys.stderr, flush=True)
         show(name, content)

@@ -7,8 +7,9 @@ from __future__ import annotations
 
 import os
 import random
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -19,30 +20,40 @@ __all__ = [
     "random_state",
     "restore_random_state",
     "save_checkpoint",
+    "write_whole",
 ]
 
 FORMAT = 1
 
 
-def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
-    """Write a checkpoint beside its place and rename it, so that a half-written file never
-    replaces a good one.
+def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+    """Write a file beside its place and rename it: a half-written one never replaces a good one.
 
     Args:
         path: file to write; its folder is made if need be.
-        content: tensors, numbers, strings, lists and dictionaries of them.
+        write: writes the content to an open binary file.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.{os.getpid()}.partial")
     try:
         with open(partial, "wb") as file:
-            torch.save({"vadd_pyro": FORMAT, **content}, file)
+            write(file)
             file.flush()
             os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+    """Write a checkpoint, whole or not at all.
+
+    Args:
+        path: file to write; its folder is made if need be.
+        content: tensors, numbers, strings, lists and dictionaries of them.
+    """
+    write_whole(path, lambda file: torch.save({"vadd_pyro": FORMAT, **content}, file))
 
 
 def check_writable(path: str | Path) -> None:

@@ -7,7 +7,6 @@ at 1, 2, 4, 8 steps exactly, and holds it against the true law of the data.
 from __future__ import annotations
 
 import json
-import os
 import platform
 import time
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ from torch import Tensor
 
 import vadd_pyro
 from vadd_pyro import data, guides, metrics, models, plotting
-from vadd_pyro.checkpoints import check_writable
+from vadd_pyro.checkpoints import check_writable, write_whole
 from vadd_pyro.data import ToyDensity
 from vadd_pyro.elbo import LinearAnnealing, MaskedDiffusionELBO
 from vadd_pyro.exact import exact_distribution
@@ -207,7 +206,8 @@ def run_demo(
         },
         "rows": rows,
     }
-    _write(folder / "results.json", json.dumps(results, indent=1) + "\n")
+    text = json.dumps(results, indent=1) + "\n"
+    write_whole(folder / "results.json", lambda file: file.write(text.encode()))
     scores = {
         label: {row["num_steps"]: row["jensen_shannon"] for row in rows if row["model"] == label}
         for label in laws
@@ -242,9 +242,3 @@ def table(density: ToyDensity, rows: Sequence[dict[str, Any]]) -> str:
             f"{row['jensen_shannon']:>15.4f} {-row['bound']:>8.3f} {row['bound_stderr']:>6.3f}"
         )
     return "\n".join(lines)
-
-
-def _write(path: Path, text: str) -> None:
-    partial = path.with_name(path.name + ".partial")
-    partial.write_text(text)
-    os.replace(partial, path)

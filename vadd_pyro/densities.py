@@ -83,9 +83,7 @@ def score(
         closed_form_kl: use registered KL divergences where that is exact.
     """
     importance_weighted = importance_weighted and num_particles > 1
-    layout = Layout(guide, model, active, row_plates)
-    if vectorized:
-        layout.particle_dim = -1 - row_plates
+    layout = Layout(guide, model, active, row_plates, vectorized)
     summed = [site for site in model.sites.values() if site.enum_dim is not None]
     averaged = [site for site in guide.sites.values() if site.enum_dim is not None]
     inside_log = bool(summed) or bool(averaged) or importance_weighted
@@ -148,7 +146,7 @@ def score(
                 shared.append(layout.total(value) * -kl_weight)
             if drawn:
                 undifferentiated_shared.append(log_prob)
-    if shared and importance_weighted and num_particles > 1:
+    if shared and importance_weighted:
         raise ValueError(
             "importance weighting is per row, but a latent or factor outside the data plate is "
             "shared by all rows: use importance_weighted=False"

@@ -143,9 +143,9 @@ class _Joints:
         return engine.draw(number, dtype=torch.double).to(self.base.device)
 
     def __call__(self, visible: list[int], masked: list[int], t: float) -> Tensor:
-        """``J`` of every state:
+        """The joint of every state, rows in lexicographic order.
 
-        ``(K ** len(visible), K ** len(masked))`` in double precision, rows in lexicographic order.
+        ``(K ** len(visible), K ** len(masked))`` in double precision.
         """
         vocab, device = self.process.vocab_size, self.base.device
         num_states = vocab ** len(visible)

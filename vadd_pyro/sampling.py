@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from vadd_pyro.distributions import check_vocabulary, draw_categorical, token_logits
-from vadd_pyro.process import MaskedBatch, MaskingProcess, make_time_grid
+from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
 from vadd_pyro.programs import evaluation, modules_of
 from vadd_pyro.recorder import Recorder, Site
 from vadd_pyro.sites import data_plate, is_row_site
@@ -183,9 +183,8 @@ def sample(
     """
     if latent not in ("fresh", "shared"):
         raise ValueError(f"latent must be 'fresh' or 'shared', got {latent!r}")
-    for name, count in (("num_samples", num_samples), ("batch_size", batch_size)):
-        if isinstance(count, bool) or not isinstance(count, int) or count < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {count!r}")
+    check_size("num_samples", num_samples)
+    check_size("batch_size", batch_size)
     grid = make_time_grid(num_steps, time_grid)
     where = device_of(model) if device is None else torch.device(device)
     if x_start is None:

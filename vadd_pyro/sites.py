@@ -92,10 +92,7 @@ def _names(recorder: Recorder) -> str:
 
 
 def data_plate(x_0: Site) -> str | None:
-    """Name of the plate over rows:
-
-    The one at dim -1 around the site ``"x_0"``; None without one.
-    """
+    """Name of the plate over rows, at dim -1 around the site ``"x_0"``; None without one."""
     names = [f.name for f in x_0.frames if f.dim == -1]
     return names[0] if names else None
 
@@ -112,11 +109,13 @@ def is_row_site(site: Site, plate: str | None, num_rows: int) -> bool:
 class Layout:
     """Dimensions of log-densities: ``(supports ..., [particles,] inner plates ..., rows)``."""
 
-    def __init__(self, guide: Recorder, model: Recorder, active: Tensor, row_plates: int) -> None:
+    def __init__(
+        self, guide: Recorder, model: Recorder, active: Tensor, row_plates: int, vectorized: bool
+    ) -> None:
         self.num_rows = len(active)
-        self.zeros = torch.zeros(self.num_rows, device=active.device)
+        self.device = active.device
         self.row_plates = row_plates
-        self.particle_dim: int | None = None
+        self.particle_dim = -1 - row_plates if vectorized else None
         plate = data_plate(model.sites["x_0"])
         self.rows = {
             name: is_row_site(site, plate, self.num_rows) for name, site in model.sites.items()
@@ -148,7 +147,9 @@ class Layout:
 
     def sum(self, values: list[Tensor]) -> Tensor:
         """Broadcast sum of row terms; zeros if there are none."""
-        return functools.reduce(torch.add, values) if values else self.zeros
+        if not values:
+            return torch.zeros(self.num_rows, device=self.device)
+        return functools.reduce(torch.add, values)
 
 
 def plate_dims(site: Site) -> list[int]:

@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from vadd_pyro.checkpoints import check_writable, random_state, restore_random_state
 from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.process import check_size
 from vadd_pyro.programs import check_store, kept_modes
 from vadd_pyro.trainer import Batches, History, NonFiniteLossError, Run, Weights
 
@@ -30,9 +31,7 @@ __all__ = ["History", "NonFiniteLossError", "fit", "fit_guide"]
 
 def _check_arguments(**arguments: Any) -> None:
     for name in ("num_iterations", "batch_size", "log_every", "checkpoint_every"):
-        value = arguments[name]
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ValueError(f"{name} must be an integer of at least 1, got {value!r}")
+        check_size(name, arguments[name])
     for name in ("learning_rate", "final_learning_rate", "clip_norm", "ema_decay"):
         value = arguments[name]
         if value is not None and not isinstance(value, int | float):

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from vadd_pyro.metrics import entropy
-from vadd_pyro.process import MaskingProcess
+from vadd_pyro.process import MaskingProcess, check_size
 from vadd_pyro.schedules import Schedule
 
 __all__ = ["TokenDistribution"]
@@ -26,11 +26,8 @@ class TokenDistribution(ABC):
     """
 
     def __init__(self, name: str, vocab_size: int, length: int) -> None:
-        for argument, value, least in (("vocab_size", vocab_size, 2), ("length", length, 1)):
-            if isinstance(value, bool) or not isinstance(value, int) or value < least:
-                raise ValueError(
-                    f"{argument} must be an integer of at least {least}, got {value!r}"
-                )
+        check_size("vocab_size", vocab_size, least=2)
+        check_size("length", length)
         self.name = name
         self.vocab_size = vocab_size
         self.length = length

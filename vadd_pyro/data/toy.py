@@ -22,6 +22,7 @@ from sklearn.datasets import make_swiss_roll
 from torch import Tensor
 
 from vadd_pyro.data.base import TokenDistribution
+from vadd_pyro.process import check_size
 
 __all__ = [
     "TOYS",
@@ -85,14 +86,12 @@ class ToyDensity(TokenDistribution):
 
 
 def _edges(vocab_size: int, low: float, high: float) -> np.ndarray:
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 2:
-        raise ValueError(f"vocab_size must be an integer of at least 2, got {vocab_size!r}")
+    check_size("vocab_size", vocab_size, least=2)
     return np.linspace(low, high, vocab_size + 1)[1:-1]
 
 
 def _protocol_edges(vocab_size: int) -> np.ndarray:
-    if isinstance(vocab_size, bool) or not isinstance(vocab_size, int) or vocab_size < 3:
-        raise ValueError(f"vocab_size must be an integer of at least 3, got {vocab_size!r}")
+    check_size("vocab_size", vocab_size, least=3)
     return np.linspace(-3, 3, vocab_size - 1)
 
 
