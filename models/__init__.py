@@ -3,8 +3,16 @@
 from vadd_pyro.models.priors import (
     Categorical,
     ConditionalNormal,
+    Hierarchical,
+    Laplace,
+    LearnedNormal,
     MixtureOfNormals,
+    NormalizingFlow,
+    ProductOfCategoricals,
+    Spherical,
     StandardNormal,
+    StudentT,
+    VampPrior,
 )
 from vadd_pyro.models.vadd import MDM, VADD
 
@@ -13,6 +21,14 @@ __all__ = [
     "VADD",
     "Categorical",
     "ConditionalNormal",
+    "Hierarchical",
+    "Laplace",
+    "LearnedNormal",
     "MixtureOfNormals",
+    "NormalizingFlow",
+    "ProductOfCategoricals",
+    "Spherical",
     "StandardNormal",
+    "StudentT",
+    "VampPrior",
 ]

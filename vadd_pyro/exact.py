@@ -23,11 +23,12 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Independent, MixtureSameFamily
+from pyro.distributions import Independent, MixtureSameFamily, StudentT
+from scipy.special import stdtrit
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from vadd_pyro.distributions import DiagonalNormal, token_logits
+from vadd_pyro.distributions import token_logits
 from vadd_pyro.process import MaskedBatch, MaskingProcess, make_time_grid
 from vadd_pyro.programs import evaluation
 from vadd_pyro.recorder import Recorder, Site
@@ -72,7 +73,9 @@ class _Integrator(Recorder):
 
         None if it has none.
         """
-        needed = fn.event_shape.numel() + isinstance(fn, MixtureSameFamily)
+        needed = getattr(fn, "num_uniforms", None)
+        if needed is None:
+            needed = fn.event_shape.numel() + isinstance(fn, MixtureSameFamily)
         if self.column + needed > self.points.shape[-1]:
             return None
         u = self.points[:, None, self.column : self.column + needed]
@@ -87,6 +90,8 @@ class _Integrator(Recorder):
 
 def _inverse_cdf(fn: Any, u: Tensor) -> Tensor:
     """Quantiles of ``fn`` at ``u (Z, 1, coordinates)``, ``(..., Z, B) + event_shape``."""
+    if hasattr(fn, "transport"):
+        return fn.transport(u)
     if isinstance(fn, MixtureSameFamily):
         components = fn.component_distribution
         cdf = fn.mixture_distribution.probs.cumsum(-1)
@@ -97,8 +102,8 @@ def _inverse_cdf(fn: Any, u: Tensor) -> Tensor:
         index = index.expand(pick.shape + tuple(fn.event_shape))
         quantiles = quantiles.expand(pick.shape[:-1] + quantiles.shape[-1 - event :])
         return quantiles.gather(-1 - event, index).squeeze(-1 - event)
-    if isinstance(fn, DiagonalNormal):
-        return fn.loc + fn.scale * torch.special.ndtri(u)
+    if isinstance(fn, StudentT):
+        return fn.loc + fn.scale * torch.from_numpy(stdtrit(fn.df.cpu(), u.cpu())).to(u)
     if isinstance(fn, Independent):
         return fn.base_dist.icdf(u.reshape(u.shape[:-1] + tuple(fn.event_shape)))
     if len(fn.event_shape) == 0:

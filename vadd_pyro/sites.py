@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Iterable
+from typing import Any
 
 import torch
+from pyro.distributions import Independent, MaskedDistribution, constraints
+from pyro.distributions.util import is_validation_enabled
 from torch import Tensor
 
 from vadd_pyro.distributions import check_vocabulary, token_logits
@@ -61,6 +64,12 @@ def check_pair(guide: Recorder, model: Recorder) -> None:
                 f"the guide samples {name!r}, which is observed in the model: leave it out of the "
                 f"guide (poutine.block(guide, hide=[{name!r}]))"
             )
+        if is_validation_enabled() and _kind(site) != _kind(model.sites[name]):
+            raise ValueError(
+                f"guide and model do not fit: the guide's site {_describe(site)}, the model's "
+                f"site {_describe(model.sites[name])}; guides.for_prior(prior, encoder) picks a "
+                "guide that fits"
+            )
     for name, site in model.sites.items():
         if not site.observed and name not in guide.sites and site.enum_dim is None:
             raise ValueError(
@@ -85,6 +94,33 @@ def check_tokens_site(model: Recorder, vocab_size: int) -> None:
             "swapped?"
         )
     check_vocabulary(token_logits(site.fn), vocab_size)
+
+
+def _kind(site: Site) -> tuple[Any, ...]:
+    """What values a site has: their shape, and the sort of their support where it is known."""
+    fn = site.fn
+    shape = tuple(fn.event_shape)
+    while isinstance(fn, Independent | MaskedDistribution):
+        fn = fn.base_dist
+    try:
+        support = fn.support
+    except NotImplementedError:
+        return (shape, "values")
+    while isinstance(support, constraints.independent):
+        support = support.base_constraint
+    if support is constraints.one_hot:
+        return (shape, "one-hot rows")
+    if support is constraints.sphere:
+        return (shape, "unit vectors")
+    return (shape, "integers" if support.is_discrete else "real numbers")
+
+
+def _describe(site: Site) -> str:
+    fn = site.fn
+    while isinstance(fn, Independent | MaskedDistribution):
+        fn = fn.base_dist
+    shape, kind = _kind(site)
+    return f"{site.name!r} is {type(fn).__name__} over {kind} of shape {shape}"
 
 
 def _names(recorder: Recorder) -> str:

@@ -1,27 +1,27 @@
-r"""Normal priors: the paper's, one that sees the state, and a learned mixture.
+r"""Normal priors: the paper's, a learned one, and one that sees the state.
 
 ``StandardNormal``
     :math:`p(z) = N(0, I)` (Xie et al. 2025).
+``LearnedNormal``
+    :math:`p(z) = N(m, s^2)` with learned mean and scale, or with both shifted by the state.
 ``ConditionalNormal``
-    :math:`p(z \mid x_t, t) = N(m(x_t, t), s(x_t, t)^2)`.
-``MixtureOfNormals``
-    :math:`p(z) = \sum_k \pi_k N(m_k, s_k^2)`, all learned (Jiang et al. 2017, VaDE).
+    :math:`p(z \mid x_t, t) = N(m(x_t, t), s(x_t, t)^2)` from a network of the user's.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 
-import pyro.distributions as dist
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import softplus
 
 from vadd_pyro.distributions import DiagonalNormal
+from vadd_pyro.models.priors.conditioning import Conditioned, Context, features_of, unit_scale
 from vadd_pyro.process import MaskedBatch, check_size
 from vadd_pyro.programs import check_callable
 
-__all__ = ["ConditionalNormal", "MixtureOfNormals", "StandardNormal"]
+__all__ = ["ConditionalNormal", "LearnedNormal", "StandardNormal"]
 
 
 class StandardNormal(nn.Module):
@@ -45,6 +45,31 @@ class StandardNormal(nn.Module):
         return DiagonalNormal(self.z_loc, self.z_scale)
 
 
+class LearnedNormal(nn.Module):
+    """A normal with learned mean and scale.
+
+    An affine map of the latent, which the first layer of any decoder contains already: without a
+    context it adds nothing in law to :class:`StandardNormal`, only another path of training.
+
+    Args:
+        latent_dim: size ``d`` of ``z``.
+        context: features of the state that shift mean and scale, such as
+            :class:`vadd_pyro.nn.StateFeatures`; None for an unconditional prior.
+    """
+
+    def __init__(self, latent_dim: int, context: Context | None = None) -> None:
+        super().__init__()
+        check_size("latent_dim", latent_dim)
+        self.latent_dim = latent_dim
+        self.context = context
+        self.z_loc = Conditioned(torch.zeros(latent_dim), context)
+        self.z_raw = Conditioned(unit_scale(latent_dim), context)
+
+    def forward(self, batch: MaskedBatch) -> DiagonalNormal:
+        h = features_of(self.context, batch)
+        return DiagonalNormal(self.z_loc(h), softplus(self.z_raw(h)) + 1e-4)
+
+
 class ConditionalNormal(nn.Module):
     """A normal whose mean and scale are read off the state: ``p(z | x_t, t)``.
 
@@ -57,30 +82,8 @@ class ConditionalNormal(nn.Module):
         super().__init__()
         check_callable("network", network)
         self.network = network
+        self.latent_dim = getattr(network, "latent_dim", None)
 
     def forward(self, batch: MaskedBatch) -> DiagonalNormal:
         z_loc, z_scale = self.network(batch)
         return DiagonalNormal(z_loc, z_scale)
-
-
-class MixtureOfNormals(nn.Module):
-    """A mixture of diagonal normals with learned weights, means and scales, one site ``"z"``.
-
-    Args:
-        latent_dim: size ``d`` of ``z``.
-        num_components: number of normals.
-        spread: standard deviation of the initial means.
-    """
-
-    def __init__(self, latent_dim: int, num_components: int = 32, spread: float = 1.0) -> None:
-        super().__init__()
-        check_size("latent_dim", latent_dim)
-        check_size("num_components", num_components)
-        self.latent_dim = latent_dim
-        self.logits = nn.Parameter(torch.zeros(num_components))
-        self.z_loc = nn.Parameter(spread * torch.randn(num_components, latent_dim))
-        self.z_raw = nn.Parameter(torch.full((num_components, latent_dim), 0.5413))
-
-    def forward(self, batch: MaskedBatch) -> dist.MixtureSameFamily:
-        components = dist.Normal(self.z_loc, softplus(self.z_raw) + 1e-4).to_event(1)
-        return dist.MixtureSameFamily(dist.Categorical(logits=self.logits), components)

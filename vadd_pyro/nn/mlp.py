@@ -16,7 +16,14 @@ from torch.nn.functional import softplus
 
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
-__all__ = ["MLPDecoder", "MLPEncoder", "StateEncoder"]
+__all__ = [
+    "MLPDecoder",
+    "MLPEncoder",
+    "MLPFeatures",
+    "StateEncoder",
+    "StateFeatures",
+    "normal_parameters",
+]
 
 _UNIT_SCALE = math.log(math.e - 1)  # softplus of this is one
 _LEAST_SCALE = 1e-4
@@ -44,7 +51,7 @@ class _Hidden(nn.Module):
         return self.layers(h)
 
 
-def _normal_parameters(raw: Tensor) -> tuple[Tensor, Tensor]:
+def normal_parameters(raw: Tensor) -> tuple[Tensor, Tensor]:
     """``(z_loc, z_scale)`` from ``(..., 2 d)``; a zero gives mean zero and scale one."""
     z_loc, z_raw = raw.chunk(2, -1)
     return z_loc, softplus(z_raw + _UNIT_SCALE) + _LEAST_SCALE
@@ -122,17 +129,75 @@ class MLPDecoder(nn.Module):
         return self.head(self.hidden(h)).unflatten(-1, (self.length, self.vocab_size))
 
 
-class MLPEncoder(nn.Module):
-    r"""Recognition network: ``(z_loc, z_scale)`` from ``x_0`` and which positions are visible,
-    masked and targeted.
+class MLPFeatures(nn.Module):
+    r"""Recognition features ``(B, F)`` of ``x_0`` and of which positions are visible, masked and
+    targeted.
 
-    It must see the mask, or it cannot tell what the latent is needed for, and collapses.
+    They must tell the mask, or what is built on them cannot know what the latent is needed for, and
+    collapses.
+
+    Args:
+        process: gives vocabulary size and length.
+        hidden_dim: width, and the number ``F`` of features.
+        num_layers, embedding_dim: as in :class:`MLPDecoder`.
+        time_conditioning: feed ``t`` too.
+
+    Shapes:
+        a :class:`MaskedBatch` of ``B`` rows gives ``(B, F)``.
+    """
+
+    def __init__(
+        self,
+        process: MaskingProcess,
+        *,
+        hidden_dim: int = 256,
+        num_layers: int = 3,
+        embedding_dim: int = 32,
+        time_conditioning: bool = False,
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
+        self.length = process.length
+        self.vocab_size = process.vocab_size
+        self.feature_dim = hidden_dim
+        self.embedding = nn.Embedding(process.vocab_size, embedding_dim)
+        self.status = nn.Embedding(3, embedding_dim)  # visible, masked, masked and targeted
+        self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
+        self.time = nn.Linear(1, hidden_dim, bias=False) if time_conditioning else None
+        self.hidden = _Hidden(hidden_dim, num_layers)
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        if batch.x_0 is None:
+            raise ValueError("batch.x_0 is None: a recognition network needs the clean tokens")
+        return self._features(self.embedding(batch.x_0), batch)
+
+    def soft(self, probabilities: Tensor, batch: MaskedBatch) -> Tensor:
+        """Features of rows that are not tokens but distributions over them.
+
+        Args:
+            probabilities: ``(..., B, D, K)``, in place of ``x_0``.
+            batch: says what is visible and targeted, ``B`` rows; its ``x_0`` is not read.
+
+        Returns:
+            ``(..., B, F)``.
+        """
+        return self._features(probabilities @ self.embedding.weight, batch)
+
+    def _features(self, embedded: Tensor, batch: MaskedBatch) -> Tensor:
+        status = batch.masked.long() + batch.target.long()
+        h = self.tokens((embedded + self.status(status)).flatten(-2))
+        if self.time is not None:
+            h = h + self.time(batch.t.unsqueeze(-1))
+        return self.hidden(h)
+
+
+class MLPEncoder(nn.Module):
+    r"""Recognition network: ``(z_loc, z_scale)`` from :class:`MLPFeatures`.
 
     Args:
         process: gives vocabulary size and length.
         latent_dim: size ``d`` of the latent.
-        hidden_dim, num_layers, embedding_dim: as in :class:`MLPDecoder`.
-        time_conditioning: feed ``t`` too.
+        hidden_dim, num_layers, embedding_dim, time_conditioning: as in :class:`MLPFeatures`.
 
     Shapes:
         a :class:`MaskedBatch` of ``B`` rows gives two tensors ``(B, d)``.
@@ -150,23 +215,55 @@ class MLPEncoder(nn.Module):
     ) -> None:
         super().__init__()
         check_size("latent_dim", latent_dim)
-        _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
         self.latent_dim = latent_dim
-        self.embedding = nn.Embedding(process.vocab_size, embedding_dim)
-        self.status = nn.Embedding(3, embedding_dim)  # visible, masked, masked and targeted
-        self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
-        self.time = nn.Linear(1, hidden_dim, bias=False) if time_conditioning else None
-        self.hidden = _Hidden(hidden_dim, num_layers)
+        self.features = MLPFeatures(
+            process,
+            hidden_dim=hidden_dim,
+            num_layers=num_layers,
+            embedding_dim=embedding_dim,
+            time_conditioning=time_conditioning,
+        )
         self.head = nn.Linear(hidden_dim, 2 * latent_dim)
 
     def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        if batch.x_0 is None:
-            raise ValueError("batch.x_0 is None: a recognition network needs the clean tokens")
-        status = batch.masked.long() + batch.target.long()
-        h = self.tokens((self.embedding(batch.x_0) + self.status(status)).flatten(-2))
-        if self.time is not None:
-            h = h + self.time(batch.t.unsqueeze(-1))
-        return _normal_parameters(self.head(self.hidden(h)))
+        return normal_parameters(self.head(self.features(batch)))
+
+    def soft(self, probabilities: Tensor, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """``(z_loc, z_scale)`` of soft rows, as :meth:`MLPFeatures.soft`."""
+        return normal_parameters(self.head(self.features.soft(probabilities, batch)))
+
+
+class StateFeatures(nn.Module):
+    r"""Features ``(B, F)`` of the state ``(x_t, t)``: what a prior or a model may look at.
+
+    Args:
+        process: gives vocabulary size and length.
+        hidden_dim: width, and the number ``F`` of features.
+        num_layers, embedding_dim: as in :class:`MLPDecoder`.
+
+    Shapes:
+        a :class:`MaskedBatch` of ``B`` rows gives ``(B, F)``; only ``x_t`` and ``t`` are read.
+    """
+
+    def __init__(
+        self,
+        process: MaskingProcess,
+        *,
+        hidden_dim: int = 256,
+        num_layers: int = 2,
+        embedding_dim: int = 32,
+    ) -> None:
+        super().__init__()
+        _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
+        self.feature_dim = hidden_dim
+        self.embedding = nn.Embedding(process.vocab_size + 1, embedding_dim)
+        self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
+        self.time = nn.Linear(1, hidden_dim, bias=False)
+        self.hidden = _Hidden(hidden_dim, num_layers)
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        h = self.tokens(self.embedding(batch.x_t).flatten(-2)) + self.time(batch.t.unsqueeze(-1))
+        return self.hidden(h)
 
 
 class StateEncoder(nn.Module):
@@ -175,7 +272,7 @@ class StateEncoder(nn.Module):
     Args:
         process: gives vocabulary size and length.
         latent_dim: size ``d`` of the latent.
-        hidden_dim, num_layers, embedding_dim: as in :class:`MLPDecoder`.
+        hidden_dim, num_layers, embedding_dim: as in :class:`StateFeatures`.
 
     Shapes:
         a :class:`MaskedBatch` of ``B`` rows gives two tensors ``(B, d)``; only ``x_t`` and ``t``
@@ -193,16 +290,13 @@ class StateEncoder(nn.Module):
     ) -> None:
         super().__init__()
         check_size("latent_dim", latent_dim)
-        _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
         self.latent_dim = latent_dim
-        self.embedding = nn.Embedding(process.vocab_size + 1, embedding_dim)
-        self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
-        self.time = nn.Linear(1, hidden_dim, bias=False)
-        self.hidden = _Hidden(hidden_dim, num_layers)
+        self.features = StateFeatures(
+            process, hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim
+        )
         self.head = nn.Linear(hidden_dim, 2 * latent_dim)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
     def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        h = self.tokens(self.embedding(batch.x_t).flatten(-2)) + self.time(batch.t.unsqueeze(-1))
-        return _normal_parameters(self.head(self.hidden(h)))
+        return normal_parameters(self.head(self.features(batch)))

@@ -1,9 +1,8 @@
-r"""Two distributions with one kernel each, and how categorical tokens are drawn.
+r"""A row of tokens as one distribution with one kernel, and how categorical tokens are drawn.
 
 ``TokenCategorical`` scores a whole row of tokens by one fused cross-entropy, where
-``Categorical(logits=...)`` normalises and keeps a copy of the logits; ``DiagonalNormal`` is
-``Normal(...).to_event(1)`` without the wrappers. Both behave as the ordinary ones do, which may be
-used in their place.
+``Categorical(logits=...)`` normalises and keeps a copy of the logits. It behaves as the ordinary
+one does, which may be used in its place.
 
 Tokens are drawn by inverting the cumulative distribution, summed in double precision:
 single-precision Gumbel noise sharpens large vocabularies (Zheng et al. 2024, arXiv 2409.02908),
@@ -12,27 +11,24 @@ and a single-precision cumulative sum may end below one.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Any, ClassVar
 
 import torch
-from pyro.distributions import Categorical, Independent, MaskedDistribution, Normal
+from pyro.distributions import Categorical, Independent, MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution as TorchBase
-from torch.distributions import constraints, kl_divergence, register_kl
+from torch.distributions import constraints
 from torch.nn.functional import cross_entropy
 
 __all__ = [
-    "DiagonalNormal",
     "TokenCategorical",
     "check_vocabulary",
     "draw_categorical",
     "token_logits",
 ]
 
-_HALF_LOG_TWO_PI = 0.5 * math.log(2 * math.pi)
 _IGNORED = -100
 
 
@@ -124,92 +120,6 @@ class TokenCategorical(TorchDistribution):
         shape = torch.Size(sample_shape) + self.logits.shape
         with torch.no_grad():
             return draw_categorical(self.logits.expand(shape))
-
-
-class DiagonalNormal(TorchDistribution):
-    """``Normal(loc, scale).to_event(1)`` in one kernel, with closed-form KL to itself and to that.
-
-    Args:
-        loc: mean, ``(..., d)``.
-        scale: standard deviation, ``(..., d)``, positive.
-    """
-
-    arg_constraints: ClassVar = {
-        "loc": constraints.real_vector,
-        "scale": constraints.independent(constraints.positive, 1),
-    }
-    support = constraints.real_vector
-    has_rsample = True
-
-    def __init__(self, loc: Tensor, scale: Tensor, validate_args: bool | None = None) -> None:
-        if loc.shape != scale.shape:
-            loc, scale = torch.broadcast_tensors(loc, scale)
-        self.loc = loc
-        self.scale = scale
-        super().__init__(loc.shape[:-1], loc.shape[-1:], validate_args=validate_args)
-
-    @property
-    def mean(self) -> Tensor:
-        """``loc``."""
-        return self.loc
-
-    @property
-    def variance(self) -> Tensor:
-        """``scale ** 2``."""
-        return self.scale.square()
-
-    def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> DiagonalNormal:
-        """The same law over a larger batch shape."""
-        shape = torch.Size(batch_shape)
-        if shape == self.batch_shape:
-            return self
-        shape = shape + self.event_shape
-        return DiagonalNormal(
-            self.loc.expand(shape), self.scale.expand(shape), validate_args=False
-        )
-
-    def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
-        """Reparameterised draws, ``sample_shape + batch_shape + (d,)``."""
-        shape = torch.Size(sample_shape) + self.loc.shape
-        noise = torch.randn(shape, dtype=self.loc.dtype, device=self.loc.device)
-        return torch.addcmul(self.loc, self.scale, noise)
-
-    def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats, the batch shape."""
-        if self._validate_args:
-            self._validate_sample(value)
-        standard = (value - self.loc) / self.scale
-        terms = standard.square() * -0.5 - self.scale.log()
-        return terms.sum(-1) - self.event_shape[0] * _HALF_LOG_TWO_PI
-
-    def entropy(self) -> Tensor:
-        """Differential entropy in nats, the batch shape."""
-        return self.scale.log().sum(-1) + self.event_shape[0] * (0.5 + _HALF_LOG_TWO_PI)
-
-
-@register_kl(DiagonalNormal, DiagonalNormal)
-def _kl_diagonal(p: DiagonalNormal, q: DiagonalNormal) -> Tensor:
-    ratio = p.scale / q.scale
-    shift = (p.loc - q.loc) / q.scale
-    return (0.5 * (ratio.square() + shift.square() - 1) - ratio.log()).sum(-1)
-
-
-def _as_diagonal(distribution: TorchBase) -> DiagonalNormal:
-    """``Normal.to_event(1)`` as a :class:`DiagonalNormal`; others have no closed form here."""
-    base = getattr(distribution, "base_dist", None)
-    if isinstance(base, Normal) and len(distribution.event_shape) == 1:
-        return DiagonalNormal(base.loc, base.scale, validate_args=False)
-    raise NotImplementedError(f"no closed-form KL between DiagonalNormal and {distribution}")
-
-
-@register_kl(DiagonalNormal, Independent)
-def _kl_diagonal_independent(p: DiagonalNormal, q: Independent) -> Tensor:
-    return kl_divergence(p, _as_diagonal(q))
-
-
-@register_kl(Independent, DiagonalNormal)
-def _kl_independent_diagonal(p: Independent, q: DiagonalNormal) -> Tensor:
-    return kl_divergence(_as_diagonal(p), q)
 
 
 def token_logits(distribution: TorchBase) -> Tensor:

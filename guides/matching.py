@@ -1,0 +1,208 @@
+"""A guide for a prior: which family fits the sites that a prior samples.
+
+The prior is run once on a batch of its own making, and its latent sites looked at: their supports
+say which families fit.
+
+======================== ==============================================================
+prior's site             families, the default first
+======================== ==============================================================
+``"z"``, real vectors    ``mean_field``, ``low_rank``, ``full``, ``mixture``, ``flow``,
+                         ``semi_amortized``
+``"z"``, unit vectors    ``spherical``
+``"z"``, one code        ``none`` (summed out exactly), ``enumerate``, ``score``
+``"z"``, several codes   ``none`` up to 4,096 combinations, ``score``, ``enumerate``
+``"z"``, one-hot codes   ``straight_through``
+several real sites       ``hierarchical``, ``bottom_up``
+other supports           ``hierarchical``: normals carried to the support
+VampPrior                ``mean_field`` on the encoder that the prior holds
+======================== ==============================================================
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import constraints
+from torch import nn
+from torch.distributions import biject_to
+
+from vadd_pyro.distributions import CodeCategorical, OneHotCodes
+from vadd_pyro.guides.categorical import AmortizedCategorical, AmortizedCodes
+from vadd_pyro.guides.flow import AmortizedFlow
+from vadd_pyro.guides.hierarchical import AmortizedHierarchical
+from vadd_pyro.guides.mixture import AmortizedMixture
+from vadd_pyro.guides.none import NoLatent
+from vadd_pyro.guides.normal import (
+    AmortizedLowRankNormal,
+    AmortizedMultivariateNormal,
+    AmortizedNormal,
+    NormalEncoder,
+)
+from vadd_pyro.guides.semi_amortized import SemiAmortizedNormal
+from vadd_pyro.guides.spherical import AmortizedSpherical
+from vadd_pyro.process import MaskedBatch
+from vadd_pyro.recorder import Recorder, Site
+
+__all__ = ["families_for", "for_prior"]
+
+_REAL = ("mean_field", "low_rank", "full", "mixture", "flow", "semi_amortized")
+
+
+def latent_sites(prior: Callable[[MaskedBatch], Any], length: int, vocab_size: int) -> list[Site]:
+    """The latent sites of a prior, from one run on an all-masked batch of two rows."""
+    x_t = torch.full((2, length), vocab_size)
+    parameter = next(prior.parameters(), None) if isinstance(prior, nn.Module) else None
+    x_t = x_t if parameter is None else x_t.to(parameter.device)
+    hidden = torch.ones_like(x_t, dtype=torch.bool)
+    batch = MaskedBatch(x_t, torch.ones(2, device=x_t.device), hidden, hidden)
+    with (
+        torch.random.fork_rng(),
+        torch.no_grad(),
+        Recorder() as recorder,
+        pyro.plate("data", 2, dim=-1),
+    ):
+        z = prior(batch)
+        if not isinstance(z, torch.Tensor) and hasattr(z, "log_prob"):
+            pyro.sample("z", z)
+    return [site for site in recorder.sites.values() if not site.observed]
+
+
+def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
+    if not sites:
+        return ("none",)
+    if getattr(prior, "encoder", None) is not None:
+        return ("mean_field",)
+    if len(sites) == 1:
+        (site,) = sites
+        law = site.fn
+        if isinstance(law, OneHotCodes):
+            return ("straight_through",)
+        if isinstance(law, CodeCategorical):
+            few = law.has_enumerate_support
+            return ("none", "score", "enumerate") if few else ("score",)
+        if getattr(law, "has_enumerate_support", False):
+            one_code = hasattr(law, "logits") and law.event_shape == () and site.name == "z"
+            return ("none", "enumerate", "score") if one_code else ("none",)
+        if law.support is constraints.sphere:
+            return ("spherical",) if site.name == "z" else ()
+        if _is_real(law) and len(law.event_shape) == 1 and site.name == "z":
+            return _REAL
+    if any(getattr(site.fn, "has_enumerate_support", False) for site in sites):
+        return ()
+    return ("hierarchical", "bottom_up")
+
+
+def _is_real(law: Any) -> bool:
+    support = law.support
+    return support is constraints.real_vector or (
+        isinstance(support, constraints.independent)
+        and support.base_constraint is constraints.real
+    )
+
+
+def _describe(sites: list[Site]) -> str:
+    return ", ".join(
+        f"{site.name!r} ~ {type(getattr(site.fn, 'base_dist', site.fn)).__name__} with events of "
+        f"shape {tuple(site.fn.event_shape)}"
+        for site in sites
+    )
+
+
+def _features(encoder: Any) -> Any:
+    """The features network: an encoder's own, or what was given if it is one."""
+    return getattr(encoder, "features", encoder)
+
+
+def families_for(prior: Callable[[MaskedBatch], Any], encoder: Any) -> tuple[str, ...]:
+    """Names of the guide families that fit a prior, the default first.
+
+    Args:
+        prior: ``prior(batch)``, as :class:`vadd_pyro.models.VADD` takes it.
+        encoder: says ``length`` and ``vocab_size``, such as :class:`vadd_pyro.nn.MLPFeatures`.
+    """
+    features = _features(encoder)
+    return _families(latent_sites(prior, features.length, features.vocab_size), prior)
+
+
+def for_prior(
+    prior: Callable[[MaskedBatch], Any],
+    encoder: Any = None,
+    family: str | None = None,
+    **options: Any,
+) -> Any:
+    """A guide whose sites are those of a prior.
+
+    Args:
+        prior: ``prior(batch)``, as :class:`vadd_pyro.models.VADD` takes it.
+        encoder: recognition features, such as :class:`vadd_pyro.nn.MLPFeatures`, or an encoder
+            that has them, such as :class:`vadd_pyro.nn.MLPEncoder`; may be left out for a
+            VampPrior, which holds its own.
+        family: a name of the table above; by default the first that fits.
+        options: further arguments of the family, such as ``rank``, ``num_components``, or
+            ``model`` and ``elbo`` for ``semi_amortized``.
+
+    Raises:
+        ValueError: for a family that does not fit, naming the prior's sites and the families that
+            do.
+    """
+    own = getattr(prior, "encoder", None)
+    encoder = own if encoder is None else encoder
+    features = _features(encoder)
+    if not (hasattr(features, "length") and hasattr(features, "vocab_size")):
+        raise TypeError(
+            "encoder must give features (B, F) and say feature_dim, length and vocab_size, such as "
+            f"vadd_pyro.nn.MLPFeatures; got {encoder!r}"
+        )
+    sites = latent_sites(prior, features.length, features.vocab_size)
+    fitting = _families(sites, prior)
+    if family is None and fitting:
+        family = fitting[0]
+    if family not in fitting:
+        raise ValueError(
+            f"no guide of family {family!r} fits the prior's sites {_describe(sites) or '(none)'}: "
+            f"expected one of {', '.join(fitting) or 'none that is ready: write one'}"
+        )
+    if own is not None:
+        return AmortizedNormal(own)
+    return _build(family, sites, encoder, features, options)
+
+
+def _build(family: str, sites: list[Site], encoder: Any, features: Any, options: Any) -> Any:
+    law = sites[0].fn if sites else None
+    size = law.event_shape[-1] if law is not None and law.event_shape else 1
+    fits = getattr(encoder, "latent_dim", None) == size
+    if family == "none":
+        return NoLatent(**options)
+    if family in ("mean_field", "semi_amortized"):
+        normal = encoder if fits else NormalEncoder(features, size)
+        if family == "mean_field":
+            return AmortizedNormal(normal, **options)
+        return SemiAmortizedNormal(normal, **options)
+    if family in ("enumerate", "score") and not isinstance(law, CodeCategorical):
+        return AmortizedCategorical(features, law.logits.shape[-1], family, **options)
+    if family in ("enumerate", "score", "straight_through"):
+        return AmortizedCodes(features, law.num_codes, law.num_factors, family, **options)
+    if family in ("hierarchical", "bottom_up"):
+        sizes, supports = {}, {}
+        for site in sites:
+            shape, support = site.fn.event_shape, site.fn.support
+            if _is_real(site.fn) and len(shape) == 1:
+                sizes[site.name] = shape[0]
+            else:
+                sizes[site.name] = biject_to(support).inverse_shape(shape).numel()
+                supports[site.name] = (shape, support)
+        top_down = family == "hierarchical"
+        return AmortizedHierarchical(
+            features, sizes, top_down=top_down, supports=supports, **options
+        )
+    families: dict[str, Any] = {
+        "low_rank": AmortizedLowRankNormal,
+        "full": AmortizedMultivariateNormal,
+        "mixture": AmortizedMixture,
+        "flow": AmortizedFlow,
+        "spherical": AmortizedSpherical,
+    }
+    return families[family](features, size, **options)

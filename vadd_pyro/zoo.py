@@ -1,0 +1,330 @@
+r"""The zoo by name: priors, guides, objectives and distributions of times, and what is the user's own.
+
+A prior or guide is named in one of three ways: a name of the tables below; an import path
+``package.module:Attribute``; or the name of an entry point of the group ``vadd_pyro.priors`` or
+``vadd_pyro.guides``. What a path or entry point leads to is the thing itself, a function of the
+batch, or makes it: a class or function that takes any of the arguments ``process``, ``latent_dim``,
+``num_codes``, ``state`` (features of the state, for a conditional prior), ``features`` (recognition
+features, for a guide), ``prior`` and ``model``, by these names.
+"""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+import sys
+from collections.abc import Callable
+from functools import partial
+from importlib.metadata import entry_points
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+
+from vadd_pyro import guides, models
+from vadd_pyro.elbo import LinearAnnealing, MaskedDiffusionELBO
+from vadd_pyro.nn import MLPDecoder, MLPEncoder, MLPFeatures, StateEncoder, StateFeatures
+from vadd_pyro.process import MaskedBatch, MaskingProcess
+from vadd_pyro.times import AtomTimes, BalancedTimes, GridTimes, TimeDistribution, UniformTimes
+
+__all__ = [
+    "GUIDES",
+    "OBJECTIVES",
+    "PRIORS",
+    "TIMES",
+    "Pair",
+    "build",
+    "build_prior",
+    "check",
+    "objective",
+]
+
+PRIORS = {
+    "none": "MDM (no latent)",
+    "standard_normal": "N(0, I)",
+    "learned_normal": "learned normal",
+    "conditional_normal": "normal given x_t",
+    "mixture": "mixture of 32 normals",
+    "conditional_mixture": "mixture given x_t",
+    "vamp": "VampPrior",
+    "flow": "flow",
+    "conditional_flow": "flow given x_t",
+    "hierarchical": "hierarchy of 2",
+    "student_t": "Student t",
+    "laplace": "Laplace",
+    "spherical": "sphere",
+    "categorical": "codes",
+    "conditional_categorical": "codes given x_t",
+    "product": "product of codes",
+    "product_one_hot": "product, one-hot",
+}
+GUIDES = {
+    "auto": "the family that fits",
+    "mean_field": "mean-field normal",
+    "low_rank": "low-rank normal",
+    "full": "full-covariance normal",
+    "mixture": "mixture of normals",
+    "flow": "flow",
+    "semi_amortized": "semi-amortised normal",
+    "hierarchical": "top-down hierarchy",
+    "bottom_up": "bottom-up hierarchy",
+    "spherical": "projected normal",
+    "enumerate": "codes, enumerated",
+    "score": "codes, score function",
+    "straight_through": "codes, straight-through",
+    "none": "no guide (summed out)",
+}
+OBJECTIVES = {
+    "delbo": "DELBO",
+    "chain": "T-step bounds, T = 1, 2, 4, 8",
+    "iwae": "DELBO, 8 importance samples",
+    "dreg": "the same, doubly reparameterised",
+    "renyi": "DELBO, Renyi alpha 1/2, 8 draws",
+    "free_bits": "DELBO, 0.1 nats free a dimension",
+    "cyclical": "DELBO, cyclical annealing",
+    "no_annealing": "DELBO, KL weight 1 throughout",
+}
+TIMES = {
+    "uniform": "uniform",
+    "balanced": "balanced",
+    "atom": "a quarter at t = 1, rest balanced",
+    "atom_uniform": "30 % at t = 1, rest uniform",
+    "grid": "points of 1, 2, 4, 8 steps",
+}
+_STEPS = (1, 2, 4, 8)
+_CODE_WIDTH = {"hidden_dim": 128, "num_layers": 2}
+
+
+class Pair(NamedTuple):
+    """A model, its guide, and the number of updates that it wants."""
+
+    model: Any
+    guide: Any
+    num_iterations: int
+
+
+def _known(kind: str) -> dict[str, str]:
+    return {"priors": PRIORS, "guides": GUIDES, "objectives": OBJECTIVES, "times": TIMES}[kind]
+
+
+def check(kind: str, name: str) -> None:
+    """Check that a name, import path or entry point leads somewhere.
+
+    Args:
+        kind: ``"priors"``, ``"guides"``, ``"objectives"`` or ``"times"``.
+        name: the name.
+
+    Raises:
+        ValueError: listing the known names, or saying why a path cannot be imported.
+    """
+    known = _known(kind)
+    if name in known:
+        return
+    if kind in ("priors", "guides"):
+        _resolve(kind, name)
+        return
+    raise ValueError(f"unknown {kind}: {name!r}; expected one of {', '.join(known)}")
+
+
+def _resolve(kind: str, name: str) -> Any:
+    """What an import path or an entry point leads to."""
+    if ":" not in name:
+        for point in entry_points(group=f"vadd_pyro.{kind}"):
+            if point.name == name:
+                return point.load()
+        raise ValueError(
+            f"unknown {kind}: {name!r}; expected one of {', '.join(_known(kind))}, an entry point "
+            f"of the group vadd_pyro.{kind}, or an import path package.module:Attribute"
+        )
+    module_name, _, attribute = name.partition(":")
+    here = str(Path.cwd())
+    if here not in sys.path:
+        sys.path.insert(0, here)  # a file beside the user, as python -m would find it
+    try:
+        found: Any = importlib.import_module(module_name)
+        for part in attribute.split("."):
+            found = getattr(found, part)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"{kind}: {name!r} cannot be imported: {error}") from error
+    if not callable(found):
+        raise ValueError(f"{kind}: {name!r} is {found!r}, expected a class or a function")
+    return found
+
+
+def _made(name: str, found: Any, offered: dict[str, Callable[[], Any]]) -> Any:
+    """The thing itself, or what its maker makes of the arguments that it names."""
+    if isinstance(found, torch.nn.Module):
+        return found
+    parameters = inspect.signature(found).parameters
+    wanted = [
+        p.name for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
+    ]
+    if not inspect.isclass(found) and wanted[:1] == ["batch"]:
+        return found
+    missing = [
+        n for n in wanted if n not in offered and parameters[n].default is inspect.Parameter.empty
+    ]
+    if missing:
+        raise ValueError(
+            f"{name!r} asks for {', '.join(missing)}; what can be given is {', '.join(offered)}, "
+            "or it may be a function of the batch, with that name"
+        )
+    return found(**{n: offered[n]() for n in wanted if n in offered})
+
+
+def build_prior(
+    name: str, process: MaskingProcess, *, latent_dim: int = 2, num_codes: int = 64
+) -> Any:
+    """A prior by name, import path or entry point.
+
+    Args:
+        name: see the module's text.
+        process: gives vocabulary size and length.
+        latent_dim: size of a continuous latent.
+        num_codes: number of codes of a categorical one.
+    """
+    state = partial(StateFeatures, process)
+    makers: dict[str, Callable[[], Any]] = {
+        "standard_normal": lambda: models.StandardNormal(latent_dim),
+        "learned_normal": lambda: models.LearnedNormal(latent_dim),
+        "conditional_normal": lambda: models.ConditionalNormal(StateEncoder(process, latent_dim)),
+        "mixture": lambda: models.MixtureOfNormals(latent_dim),
+        "conditional_mixture": lambda: models.MixtureOfNormals(latent_dim, context=state()),
+        "vamp": lambda: models.VampPrior(MLPEncoder(process, latent_dim)),
+        "flow": lambda: models.NormalizingFlow(latent_dim),
+        "conditional_flow": lambda: models.NormalizingFlow(latent_dim, state()),
+        "hierarchical": lambda: models.Hierarchical((latent_dim, latent_dim)),
+        "student_t": lambda: models.StudentT(latent_dim),
+        "laplace": lambda: models.Laplace(latent_dim),
+        # One dimension more, so that the sphere has as many as the other latents.
+        "spherical": lambda: models.Spherical(latent_dim + 1),
+        "categorical": lambda: models.Categorical(num_codes, 8),
+        "conditional_categorical": lambda: models.Categorical(
+            num_codes, 8, StateFeatures(process, hidden_dim=128)
+        ),
+        "product": lambda: models.ProductOfCategoricals(*_factors(num_codes), 8),
+        "product_one_hot": lambda: models.ProductOfCategoricals(
+            *_factors(num_codes), 8, one_hot=True
+        ),
+    }
+    if name in makers:
+        return makers[name]()
+    return _made(
+        name,
+        _resolve("priors", name),
+        {
+            "process": lambda: process,
+            "latent_dim": lambda: latent_dim,
+            "num_codes": lambda: num_codes,
+            "state": state,
+        },
+    )
+
+
+def _factors(num_codes: int) -> tuple[int, int]:
+    """Codes and factors of a product: a square of codes about as many as asked for."""
+    return max(2, round(num_codes**0.5)), 2
+
+
+def _latent_size(prior: Any, process: MaskingProcess) -> int:
+    """Size of what the decoder sees of a prior."""
+    size = getattr(prior, "latent_dim", None)
+    if isinstance(size, int):
+        return size
+    x_t = torch.full((2, process.length), process.mask_id)
+    hidden = x_t == process.mask_id
+    with torch.random.fork_rng(), torch.no_grad():
+        z = prior(MaskedBatch(x_t, torch.ones(2), hidden, hidden))
+        z = z if isinstance(z, torch.Tensor) else z.sample()
+    return int(z.shape[-1])
+
+
+def build(
+    prior: str,
+    guide: str,
+    process: MaskingProcess,
+    *,
+    latent_dim: int = 2,
+    num_codes: int = 64,
+) -> Pair:
+    """A model with a prior of the zoo and a guide that fits it.
+
+    Args:
+        prior, guide: see the module's text; the guide ``"auto"`` is
+            ``guides.for_prior(prior, features)``.
+        process: gives vocabulary size and length.
+        latent_dim: size of a continuous latent.
+        num_codes: number of codes of a categorical one.
+
+    Raises:
+        ValueError: for names that lead nowhere, and for a pair that does not fit, naming the
+        prior's sites.
+    """
+    check("priors", prior)
+    check("guides", guide)
+    if prior == "none":
+        if guide not in ("auto", "none"):
+            raise ValueError(
+                f"prior 'none' has no latent for guide {guide!r} to infer: use 'auto'"
+            )
+        return Pair(models.MDM(MLPDecoder(process)), guides.NoLatent(), 2000)
+    law = build_prior(prior, process, latent_dim=latent_dim, num_codes=num_codes)
+    encoder = getattr(law, "encoder", None)
+    features = MLPFeatures(process) if encoder is None else encoder
+    summed = False
+    if guide in GUIDES:
+        family = None if guide == "auto" else guide
+        summed = guides.families_for(law, features)[0] == "none" and family in (None, "none")
+    size = _latent_size(law, process)
+    decoder = MLPDecoder(process, size, **(_CODE_WIDTH if summed else {}))
+    model = models.VADD(decoder, law)
+    if guide not in GUIDES:
+        offered: dict[str, Callable[[], Any]] = {
+            "process": lambda: process,
+            "latent_dim": lambda: latent_dim,
+            "num_codes": lambda: num_codes,
+            "features": lambda: MLPFeatures(process),
+            "prior": lambda: law,
+            "model": lambda: model,
+        }
+        made = _made(guide, _resolve("guides", guide), offered)
+        return Pair(model, made, 4000)
+    options = {}
+    if family == "semi_amortized":
+        options = {"model": model, "elbo": MaskedDiffusionELBO(process)}
+    return Pair(
+        model, guides.for_prior(law, features, family, **options), 2000 if summed else 4000
+    )
+
+
+def _times(name: str) -> TimeDistribution:
+    makers: dict[str, Callable[[], TimeDistribution]] = {
+        "uniform": UniformTimes,
+        "balanced": BalancedTimes,
+        "atom": lambda: AtomTimes(0.25, BalancedTimes()),
+        "atom_uniform": lambda: AtomTimes(0.3),
+        "grid": lambda: GridTimes(_STEPS),
+    }
+    return makers[name]()
+
+
+def objective(
+    name: str, times: str, process: MaskingProcess, num_iterations: int
+) -> MaskedDiffusionELBO:
+    """The loss of a name, with KL annealing over the first third of training.
+
+    Args:
+        name: a key of :data:`OBJECTIVES`.
+        times: a key of :data:`TIMES`; ``"chain"`` takes the steps of its own grids whatever it is.
+        process: the forward process.
+        num_iterations: length of the training.
+    """
+    check("objectives", name)
+    check("times", times)
+    options: dict[str, Any] = {
+        "kl_weight": LinearAnnealing(max(1, num_iterations // 3), start=0.001),
+        "times": _times(times),
+    }
+    if name == "chain":
+        return MaskedDiffusionELBO(process, "chain", **{**options, "times": GridTimes(_STEPS)})
+    return MaskedDiffusionELBO(process, **options)
