@@ -5,10 +5,10 @@ straight-through.
     r(c \mid x_0, x_t) = \prod_l r_l(c_l \mid h), \qquad h = h(x_0, x_t)
 
 ``"enumerate"`` averages the objective over all codes exactly; ``"score"`` draws them and uses
-:math:`(f - b) \nabla \log r` with a baseline ``b`` learned from the features (Mnih and Gregor 2014,
-arXiv 1402.0030): unbiased, of higher variance, for any number of codes. ``"straight_through"``
-passes gradients through one-hot draws (Jang et al. 2017, arXiv 1611.01144): biased, of low
-variance; the prior's site must be one-hot.
+:math:`(f - b) \nabla \log r` with a baseline ``b`` learned from the features (Mnih and Gregor
+2014, arXiv 1402.0030): unbiased, of higher variance, for any number of codes.
+``"straight_through"`` passes gradients through one-hot draws (Jang et al. 2017, arXiv
+1611.01144): biased, of low variance; the prior's site must be one-hot.
 
 A small categorical latent needs none of them: left without a guide, it is summed out exactly,
 which is tighter than any of these.

@@ -13,7 +13,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -89,7 +90,7 @@ class AmortizedHierarchical(Program):
                 before.append(flat(values[name]))
         return values
 
-    def _law(self, name: str, raw: Tensor) -> tuple[dist.TorchDistribution, object]:
+    def _law(self, name: str, raw: Tensor) -> tuple[Any, Callable[[Tensor], Tensor]]:
         """Distribution of a site, and the map from its values to vectors for the sites after."""
         loc, scale = normal_parameters(raw)
         if name not in self.supports:
@@ -101,6 +102,9 @@ class AmortizedHierarchical(Program):
             loc.reshape(loc.shape[:-1] + inner), scale.reshape(loc.shape[:-1] + inner)
         )
         law = dist.TransformedDistribution(normal.to_event(len(inner)), [to_support])
-        return law, lambda value: to_support.inv(value).reshape(
-            value.shape[: value.dim() - len(shape)] + (-1,)
-        )
+
+        def flat(value: Tensor) -> Tensor:
+            leading = value.shape[: value.dim() - len(shape)]
+            return to_support.inv(value).reshape(*leading, -1)
+
+        return law, flat

@@ -153,8 +153,8 @@ def for_prior(
     features = _features(encoder)
     if not (hasattr(features, "length") and hasattr(features, "vocab_size")):
         raise TypeError(
-            "encoder must give features (B, F) and say feature_dim, length and vocab_size, such as "
-            f"vadd_pyro.nn.MLPFeatures; got {encoder!r}"
+            "encoder must give features (B, F) and say feature_dim, length and vocab_size, such "
+            f"as vadd_pyro.nn.MLPFeatures; got {encoder!r}"
         )
     sites = latent_sites(prior, features.length, features.vocab_size)
     fitting = _families(sites, prior)
@@ -162,8 +162,8 @@ def for_prior(
         family = fitting[0]
     if family not in fitting:
         raise ValueError(
-            f"no guide of family {family!r} fits the prior's sites {_describe(sites) or '(none)'}: "
-            f"expected one of {', '.join(fitting) or 'none that is ready: write one'}"
+            f"no guide of family {family!r} fits the prior's sites {_describe(sites) or '(none)'}:"
+            f" expected one of {', '.join(fitting) or 'none that is ready: write one'}"
         )
     if own is not None:
         return AmortizedNormal(own)
@@ -171,7 +171,7 @@ def for_prior(
 
 
 def _build(family: str, sites: list[Site], encoder: Any, features: Any, options: Any) -> Any:
-    law = sites[0].fn if sites else None
+    law: Any = sites[0].fn if sites else None
     size = law.event_shape[-1] if law is not None and law.event_shape else 1
     fits = getattr(encoder, "latent_dim", None) == size
     if family == "none":

@@ -7,8 +7,8 @@ r"""Normal guides: independent coordinates, a low-rank and a full covariance.
 with what is right of the bar read by a recognition network.
 
 References:
-    Kingma and Welling 2014 (arXiv 1312.6114); Xie et al. 2025 (arXiv 2505.17384), section 3; Ong et
-    al. 2018 (arXiv 1701.03208) for the low rank.
+    Kingma and Welling 2014 (arXiv 1312.6114); Xie et al. 2025 (arXiv 2505.17384), section 3; Ong
+    et al. 2018 (arXiv 1701.03208) for the low rank.
 """
 
 from __future__ import annotations

@@ -4,9 +4,9 @@ r"""Semi-amortised guide: a few gradient steps from where the recognition networ
     \phi_0 = \mathrm{encoder}(x_0, x_t), \qquad \phi_{k+1} = \phi_k + \eta\,
     \frac{\nabla_\phi \mathcal{L}_b(\phi_k)}{\max(1, \|\nabla_\phi \mathcal{L}_b(\phi_k)\|)},
 
-row by row, with :math:`\mathcal{L}_b` the objective of row ``b``. What amortisation loses on single
-rows is won back at the price of ``num_steps`` passes of the model. Steps are constants to the
-training of the encoder, whose gradient passes straight through them.
+row by row, with :math:`\mathcal{L}_b` the objective of row ``b``. What amortisation loses on
+single rows is won back at the price of ``num_steps`` passes of the model. Steps are constants to
+the training of the encoder, whose gradient passes straight through them.
 
 References:
     Kim et al. 2018 (arXiv 1802.02550); Marino et al. 2018 (arXiv 1807.09356).

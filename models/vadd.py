@@ -57,8 +57,19 @@ class VADD(Program):
             z = self.prior(batch)
             if not isinstance(z, Tensor) and hasattr(z, "log_prob"):
                 z = pyro.sample("z", z)
-            logits = self.decoder(batch.x_t, z, batch.t)
-            return pyro.sample("x_0", TokenCategorical(logits, batch.target), obs=batch.x_0)
+            law = self._tokens(batch, z)
+            return pyro.sample("x_0", law, obs=batch.x_0)
+
+    def _tokens(self, batch: MaskedBatch, z: Tensor) -> TokenCategorical:
+        """The law of the tokens; where a support is laid out for all rows, equal rows share it."""
+        same_for_all_rows = z.dim() > 2 and z.shape[-2] == 1 and len(batch) > 1
+        if same_for_all_rows and not getattr(self.decoder, "time_conditioning", True):
+            states, row = batch.x_t.unique(dim=0, return_inverse=True)
+            logits = self.decoder(states, z, batch.t[: len(states)])
+            if logits.dim() > 3:
+                return TokenCategorical(logits, batch.target, row)
+        logits = self.decoder(batch.x_t, z, batch.t)
+        return TokenCategorical(logits, batch.target)
 
 
 class MDM(Program):

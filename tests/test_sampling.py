@@ -97,6 +97,55 @@ def test_sharing_a_latent_is_another_distribution():
     assert metrics.total_variation(fresh, shared) > 5 * noise
 
 
+def test_a_partial_refresh_draws_some_rows_anew():
+    process = MaskingProcess(3, 2)
+    for refresh in (0.0, 0.3, 1.0):
+        decoder = Counting(process, 2)
+        model = models.VADD(decoder, models.StandardNormal(2))
+        sample(model, process, 4000, 10_000, latent="partial", refresh=refresh, seed=1)
+        # One where the chain starts, and by chance one at each of the two tokens.
+        drawn = len(torch.cat(decoder.latents).unique(dim=0)) / 4000
+        fresh = 2 if refresh == 1 else 1 + 2 * refresh
+        assert abs(drawn - fresh) < 4 * (2 * refresh * (1 - refresh) / 4000) ** 0.5 + 0.002
+
+
+def test_a_partial_refresh_mixes_the_laws_of_fresh_and_shared_latents():
+    # With two tokens, the second has the first one's latent or another one.
+    process = MaskingProcess(3, 2)
+    model, _ = small_pair("categorical", process, spread=6.0)
+    law = {
+        latent: metrics.histogram(sample(model, process, 200_000, 4, latent=latent, seed=1), 3)
+        for latent in ("fresh", "shared", "partial")
+    }
+    noise = 9**0.5 / 200_000**0.5
+    between = (law["fresh"] + law["shared"]) / 2
+    assert metrics.total_variation(law["fresh"], law["shared"]) > 10 * noise
+    assert metrics.total_variation(law["partial"], between) < 2 * noise
+    for refresh, latent in ((1.0, "fresh"), (0.0, "shared")):
+        x = sample(model, process, 1000, 4, latent="partial", refresh=refresh, seed=1)
+        assert (x == sample(model, process, 1000, 4, latent=latent, seed=1)).all()
+
+
+def test_a_partial_refresh_draws_all_sites_of_a_row_together():
+    seen = []
+
+    def program(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            a = pyro.sample("a", dist.Normal(0.0, 1.0))
+            with pyro.plate("parts", 2, dim=-2):
+                loc = a.unsqueeze(-1).expand(-1, 3)
+                b = pyro.sample("b", dist.Normal(loc, 1e-3).to_event(1))
+            seen.append((a, b))
+            logits = torch.zeros(len(batch), 3, 3)
+            pyro.sample("x_0", TokenCategorical(logits, batch.target), obs=batch.x_0)
+
+    sample(program, PROCESS, 50, 1000, latent="partial", seed=1)
+    assert len(torch.cat([a for a, _ in seen]).unique()) > 60
+    for a, b in seen:
+        assert b.shape == (2, len(a), 3)
+        assert ((b - a.unsqueeze(-1)).abs() < 0.01).all()
+
+
 def test_infilling_keeps_what_is_observed():
     model, _ = small_pair("standard_normal", PROCESS)
     x_start = torch.tensor([[3, 1, 3], [0, 1, 2], [3, 3, 3]])

@@ -6,11 +6,13 @@ start, and :mod:`vadd_pyro.elbo` for the mathematics.
 """
 
 from vadd_pyro._version import __version__
+from vadd_pyro.annealing import CyclicalAnnealing, LinearAnnealing, StepAnnealing
 from vadd_pyro.chain import Chain, unroll
 from vadd_pyro.distributions import DiagonalNormal, TokenCategorical
-from vadd_pyro.elbo import LinearAnnealing, MaskedDiffusionELBO
+from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.exact import exact_bound, exact_distribution
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
+from vadd_pyro.monitor import LatentStatistics, latent_statistics
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 from vadd_pyro.programs import Program
 from vadd_pyro.sampling import sample
@@ -39,10 +41,12 @@ __all__ = [
     "Bound",
     "Chain",
     "CosineSchedule",
+    "CyclicalAnnealing",
     "DiagonalNormal",
     "FunctionSchedule",
     "GridTimes",
     "History",
+    "LatentStatistics",
     "LinearAnnealing",
     "LinearSchedule",
     "MaskedBatch",
@@ -52,6 +56,7 @@ __all__ = [
     "PolynomialSchedule",
     "Program",
     "Schedule",
+    "StepAnnealing",
     "TimeDistribution",
     "TokenCategorical",
     "UniformTimes",
@@ -62,6 +67,7 @@ __all__ = [
     "fit",
     "fit_guide",
     "guides",
+    "latent_statistics",
     "log_likelihood_bound",
     "metrics",
     "models",

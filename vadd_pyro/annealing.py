@@ -19,6 +19,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 
 from vadd_pyro.process import check_size
 
@@ -112,7 +113,7 @@ class StepAnnealing:
         milestones, weights = list(milestones), list(weights)
         for milestone in milestones:
             check_size("each of milestones", milestone)
-        if any(b <= a for a, b in zip(milestones, milestones[1:], strict=False)):
+        if any(b <= a for a, b in pairwise(milestones)):
             raise ValueError(f"milestones must increase, got {milestones}")
         if len(weights) != len(milestones) + 1:
             raise ValueError(

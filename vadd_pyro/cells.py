@@ -55,9 +55,7 @@ DATA = (*TOYS, "d1", "d2", "tied_bits")
 STEPS = (1, 2, 4, 8)
 _TIED_BITS = 6
 _EMA_DECAY = 0.999
-_NUM_HELD_OUT = 1000
 _NUM_DRAWS = 2**12  # points over which a continuous latent is integrated
-_LATENT_COLUMNS = ("kl_per_dimension", "active_units", "mutual_information", "share_at_prior")
 
 
 @dataclass(frozen=True)
@@ -76,7 +74,8 @@ class Cell:
         """A name for its folder, another one for every cell."""
         parts = [self.data, self.prior, self.guide, self.objective, self.times]
         name = "__".join(re.sub(r"[^\w.]+", "-", part) for part in parts)
-        if not all(re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", part) for part in parts):
+        plain = all(re.fullmatch(r"[a-z0-9]+(_[a-z0-9]+)*", part) for part in parts)
+        if not plain or len(name) > 150:
             # Import paths lose characters above; two of them must not share a folder.
             name = f"{name[:150]}__{zlib.crc32(repr(parts).encode()):08x}"
         return f"{name}__seed{self.seed}"
@@ -100,6 +99,7 @@ class Settings:
         num_codes: number of codes of categorical ones.
         vocab_size: bins per axis of the toy densities; tied tokens have their own.
         num_samples: samples per histogram with a shared latent.
+        num_held_out: rows on which bounds are taken.
 
     Raises:
         ValueError: for a size out of range, naming it.
@@ -112,10 +112,12 @@ class Settings:
     num_codes: int = 64
     vocab_size: int = 100
     num_samples: int = 2**20
+    num_held_out: int = 1000
 
     def __post_init__(self) -> None:
         for name in ("batch_size", "latent_dim", "num_codes", "num_samples"):
             check_size(name, getattr(self, name))
+        check_size("num_held_out", self.num_held_out, least=2)
         if self.num_iterations is not None:
             check_size("num_iterations", self.num_iterations)
         if not 0 < self.learning_rate < math.inf:
@@ -131,7 +133,6 @@ class Settings:
             **asdict(self),
             "ema_decay": _EMA_DECAY,
             "num_draws": _NUM_DRAWS,
-            "num_held_out": _NUM_HELD_OUT,
             "steps": list(STEPS),
             "vadd_pyro": vadd_pyro.__version__,
             "torch": str(torch.__version__),
@@ -208,7 +209,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """Everything that is measured per number of steps."""
     measures = _Measures()
-    held_out = density.sample(_NUM_HELD_OUT, seed=seed + 10_000)
+    held_out = density.sample(settings.num_held_out, seed=seed + 10_000)
     rows = tuple(held_out.T)
     log_truth = density.probabilities[rows].log()
     shared = _has_latent(model, process)
@@ -244,17 +245,15 @@ def _measure(
 
 
 def _latent_statistics(history: History) -> dict[str, Any]:
-    """The last entries of what training recorded about the latent."""
-    values: dict[str, Any] = {"kl": history.kl[-1]}
-    for name in _LATENT_COLUMNS:
-        column = getattr(history, name, None)
-        if not column or column[-1] is None:
-            continue
-        last = column[-1]
-        if isinstance(last, list | tuple):
-            name, last = "kl_at_start", math.fsum(last) if last else math.nan
-        if math.isfinite(last):
-            values[name] = last
+    """The KL of the objective, and what training last saw of the latents where samples start."""
+    # Without a latent, or with one that is summed out, there is no KL, which is not one of zero.
+    values: dict[str, Any] = {"kl": history.kl[-1]} if any(history.kl) else {}
+    if history.kl_per_dimension and history.kl_per_dimension[-1]:
+        values["kl_at_start"] = math.fsum(history.kl_per_dimension[-1])
+        for name in ("active_units", "mutual_information", "share_at_prior"):
+            last = getattr(history, name)[-1]
+            if last is not None:
+                values[name] = last
     return values
 
 

@@ -92,6 +92,7 @@ def _add_compare(commands: Any) -> None:
     add("--num-codes", default=64, help="codes of categorical latents", **number)
     add("--vocab-size", default=100, help="bins per axis of the toys", **number)
     add("--num-samples", default=2**20, help="per histogram with a shared latent", **number)
+    add("--num-held-out", default=1000, help="rows on which bounds are taken", **number)
     add("--checkpoint-every", default=250, help="updates between checkpoints", **number)
     add("--threads", help="threads of torch; by default its own choice", **number)
     add("--out", default="runs/compare", metavar="FOLDER", help="where the results go")
@@ -178,6 +179,7 @@ def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             num_codes=arguments.num_codes,
             vocab_size=arguments.vocab_size,
             num_samples=arguments.num_samples,
+            num_held_out=arguments.num_held_out,
         )
     except ValueError as error:
         parser.error(str(error))

@@ -134,7 +134,7 @@ def _open(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
     """Results in the folder by the name of their cell's folder, all checked."""
     wanted = settings.describe()
     path = folder / "settings.json"
-    if path.exists():
+    if path.exists() and any(folder.glob("cells/*/*")):
         _check_settings(path, report.read_json(path), wanted)
     results = report.load_results(folder)
     for slug, result in results.items():
@@ -144,6 +144,8 @@ def _open(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
             raise ValueError(
                 f"{place} is of another configuration: it holds the cell {result['cell']}"
             )
+        if "error" not in result:
+            _remove_checkpoints(place.parent)  # left over by a run killed at just that moment
     report.write_json(path, wanted)
     return results
 
@@ -259,8 +261,12 @@ def _run(
     result = run_cell(cell, settings, place, checkpoint_every=checkpoint_every, progress=progress)
     results[cell.slug] = report.write_json(place / "result.json", result)
     if "error" not in result:
-        for name in _CHECKPOINTS:
-            (place / name).unlink(missing_ok=True)
+        _remove_checkpoints(place)
+
+
+def _remove_checkpoints(place: Path) -> None:
+    for name in _CHECKPOINTS:
+        (place / name).unlink(missing_ok=True)
 
 
 def _say(line: str) -> None:

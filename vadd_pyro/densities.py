@@ -13,9 +13,19 @@ summed out exactly,
     c) - \log r(z) \Big],
 
 enumerated sites of the guide averaged exactly, and particles averaged inside the logarithm
-(importance-weighted, Burda et al. 2016) or outside. Factors from ``poutine.scale`` and subsampled
-plates stand outside any logarithm. Sites outside the data plate belong to no row and come back as
-one number.
+(importance-weighted, Burda et al. 2016) or outside, or by the Rényi bound that holds both (Li and
+Turner 2016),
+
+.. math::
+    \mathcal L_\alpha = \frac{1}{1 - \alpha} \log \frac1P \sum_{p=1}^{P} w_p^{1 - \alpha},
+    \qquad \log w = \log p(x_0 \mid z) - \lambda [\log r(z) - \log p(z)] .
+
+Factors from ``poutine.scale`` and subsampled plates stand outside any logarithm. Sites outside the
+data plate belong to no row and come back as one number.
+
+References:
+    Burda et al. 2016 (arXiv 1509.00519); Li and Turner 2016, "Rényi Divergence Variational
+    Inference" (arXiv 1602.02311), equation 14.
 """
 
 from __future__ import annotations
@@ -24,11 +34,11 @@ import math
 from typing import NamedTuple
 
 import torch
-from pyro.distributions import Delta
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
-from torch.distributions import kl_divergence
 
+from vadd_pyro.divergences import closed_form, latent_dimensions, spare_nats
+from vadd_pyro.estimators import score_function
 from vadd_pyro.recorder import Recorder, Site
 from vadd_pyro.sites import Layout, check_summed
 
@@ -42,17 +52,20 @@ class RowTerms(NamedTuple):
         rows: the objective of each row, ``(B,)``, zero for rows without a target; no row weight
             applied.
         kl: its latent part ``log r(z) - log p(z)`` (or the closed form), ``(B,)``, unweighted by
-            ``lambda``; detached.
+            ``lambda`` and without free bits; detached.
         shared: contribution of sites outside the data plate, a scalar, counted once; None without
             such sites.
         surrogate: a scalar equal to zero whose gradient completes that of the rows where draws are
             not reparameterised; None where all are. Row weights are already in it.
+        log_weights: log importance weights, ``(P, B)``, detached; None where particles do not
+            meet inside a logarithm.
     """
 
     rows: Tensor
     kl: Tensor
     shared: Tensor | None
     surrogate: Tensor | None = None
+    log_weights: Tensor | None = None
 
 
 def score(
@@ -67,13 +80,16 @@ def score(
     importance_weighted: bool = False,
     kl_weight: float = 1.0,
     closed_form_kl: bool = True,
+    renyi_alpha: float | None = None,
+    free_bits: float = 0.0,
 ) -> RowTerms:
     """Per-row objective of one recorded run.
 
     Args:
         guide, model: the two runs, the model's with the guide's values.
         active: rows that have a target, ``(B,)`` bool; the others contribute nothing.
-        weight: row weights, ``(B,)``, used for the score-function surrogate only.
+        weight: row weights, ``(B,)``, used for the score-function surrogate and for the mean KL
+            that free bits compare only.
         row_plates: how many batch dimensions belong to plates of the programs (1: the data plate
             alone).
         num_particles: how many particles the run holds.
@@ -81,35 +97,50 @@ def score(
         importance_weighted: average them inside the logarithm.
         kl_weight: factor of the latent part.
         closed_form_kl: use registered KL divergences where that is exact.
+        renyi_alpha: ``alpha`` of the Rényi bound; None for the others.
+        free_bits: nats of each latent dimension that cost nothing.
     """
-    importance_weighted = importance_weighted and num_particles > 1
+    if importance_weighted and num_particles > 1:
+        renyi_alpha = 0.0
+    several_inside = renyi_alpha is not None
+    power = 1.0 if renyi_alpha is None else 1.0 - renyi_alpha
     layout = Layout(guide, model, active, row_plates, vectorized)
     summed = [site for site in model.sites.values() if site.enum_dim is not None]
     averaged = [site for site in guide.sites.values() if site.enum_dim is not None]
-    inside_log = bool(summed) or bool(averaged) or importance_weighted
+    one_scale = bool(summed) or bool(averaged) or several_inside or free_bits > 0
     check_summed(summed + averaged, layout)
 
     def scaled(site: Site, value: Tensor) -> Tensor:
-        inside = inside_log and layout.rows[site.name]
+        inside = one_scale and layout.rows[site.name]
         return value if inside else scale_and_mask(value, site.scale)
 
     closed = {}
     if closed_form_kl and num_particles == 1 and not summed and not averaged:
-        closed = _closed_form(guide, model)
+        closed = closed_form(guide, model, by_dimension=free_bits > 0)
 
     data: list[Tensor] = []
     prior: list[Tensor] = []
     posterior: list[Tensor] = []
     shared: list[Tensor] = []
     closed_rows: list[Tensor] = []
-    undifferentiated: list[Tensor] = []
+    undifferentiated: list[tuple[Site, Tensor]] = []
     undifferentiated_shared: list[Tensor] = []
     row_sites: list[Site] = []
+    spare: list[Tensor] = []
+    drawn_dimensions = 0
+    counts = active if weight is None or not free_bits else active * weight
 
     for name, site in model.sites.items():
         is_row = layout.rows[name]
         if name in closed:
-            value = scaled(site, closed[name])
+            value = closed[name]
+            if free_bits:
+                if is_row:
+                    row_sites.append(site)
+                    free = free_bits * latent_dimensions(site.fn) / value.shape[-1]
+                    spare.append(layout.reduce(spare_nats(value, free, counts, site)))
+                value = value.sum(-1)
+            value = scaled(site, value)
             if is_row:
                 closed_rows.append(layout.reduce(value))
             else:
@@ -136,20 +167,24 @@ def score(
             row_sites.append(site)
             value = layout.reduce(value)
             if name not in closed:
-                posterior.append(value)
+                # Its own gradient has mean zero where it stands outside a logarithm.
+                posterior.append(value.detach() if drawn and not several_inside else value)
+                if free_bits and not (site.observed or site.auxiliary):
+                    inner = math.prod(site.fn.batch_shape[-row_plates:-1])
+                    drawn_dimensions += inner * latent_dimensions(site.fn)
             if site.enum_dim is not None:
                 averaged_log_prob.append(layout.reduce(site.log_weight()))
             elif drawn:
-                undifferentiated.append(layout.reduce(log_prob))
+                undifferentiated.append((site, layout.reduce(log_prob)))
         else:
             if name not in closed:
                 shared.append(layout.total(value) * -kl_weight)
             if drawn:
                 undifferentiated_shared.append(log_prob)
-    if shared and importance_weighted:
+    if shared and several_inside:
         raise ValueError(
             "importance weighting is per row, but a latent or factor outside the data plate is "
-            "shared by all rows: use importance_weighted=False"
+            "shared by all rows: use importance_weighted=False and renyi_alpha=None"
         )
 
     dims = [site.enum_dim for site in summed if site.enum_dim is not None]
@@ -173,25 +208,37 @@ def score(
         probability = log_q.exp()
         possible = probability > 0
         kl = (probability * kl.where(possible, kl.new_zeros(()))).sum(average_dims, keepdim=True)
-        if importance_weighted:
-            total = _logsumexp(
-                total.where(possible, total.new_full((), -math.inf)) + log_q, average_dims
-            )
+        if several_inside:
+            powered = (total * power).where(possible, total.new_full((), -math.inf))
+            total = _logsumexp(powered + log_q, average_dims) / power
         else:
             total = (probability * total.where(possible, total.new_zeros(()))).sum(
                 average_dims, keepdim=True
             )
 
+    if free_bits and kl_weight:
+        if drawn_dimensions:
+            group = layout.sum([*posterior, *(-value for value in prior)]) if closed else kl
+            free = free_bits * drawn_dimensions
+            spare.append(spare_nats(group.unsqueeze(-1), free, counts))
+        if spare:
+            total = total + kl_weight * layout.sum(spare)
+
     learning_signal = total
+    log_weights = None
     if layout.particle_dim is not None:
         dim = layout.particle_dim
-        if importance_weighted:
-            total = learning_signal = _logsumexp(total, [dim]) - math.log(num_particles)
+        if several_inside:
+            rows = total.detach().expand(*total.shape[:-1], layout.num_rows)
+            log_weights = rows.reshape(num_particles, layout.num_rows)
+            powered = total if power == 1 else total * power
+            total = _logsumexp(powered, [dim]) - math.log(num_particles)
+            total = learning_signal = total if power == 1 else total / power
         elif total.dim() >= -dim:
             total = total.mean(dim, keepdim=True)
         kl = kl.mean(dim, keepdim=True) if kl.dim() >= -dim else kl
 
-    factor = _common_scale(row_sites) if inside_log else None
+    factor = _common_scale(row_sites) if one_scale else None
     row = total.expand(*total.shape[:-1], layout.num_rows).reshape(layout.num_rows)
     kl_row = kl.detach().reshape(-1)
     if factor is not None:
@@ -207,18 +254,20 @@ def score(
                 "the guide mixes enumerated sites with draws that are not reparameterised: "
                 "enumerate all of them or none"
             )
-        inside = importance_weighted or layout.particle_dim is None
-        surrogate = _surrogate(
+        surrogate = score_function(
             undifferentiated,
             undifferentiated_shared,
             learning_signal,
             row,
             shared_total,
-            weights=active.to(row.dtype) if weight is None else active * weight,
+            active=active,
+            weight=weight,
             layout=layout,
-            share=1.0 if inside else 1.0 / num_particles,
+            inside=several_inside,
+            num_particles=num_particles,
         )
-    return RowTerms(row, torch.where(active, kl_row, zero), shared_total, surrogate)
+    kl_row = torch.where(active, kl_row, zero)
+    return RowTerms(row, kl_row, shared_total, surrogate, log_weights)
 
 
 def _common_scale(sites: list[Site]) -> float | Tensor | None:
@@ -234,75 +283,14 @@ def _common_scale(sites: list[Site]) -> float | Tensor | None:
         if not same:
             raise ValueError(
                 f"site {site.name!r} has scale {scale}, another one {first}: with summed-out "
-                "sites or importance weights all sites of a row need the same scale, because it "
-                "stands outside the logarithm"
+                "sites, importance weights or free bits all sites of a row need the same scale, "
+                "because it stands outside the logarithm"
             )
     if not isinstance(first, Tensor) and first == 1.0:
         return None
     return first
 
 
-def _closed_form(guide: Recorder, model: Recorder) -> dict[str, Tensor]:
-    """KL per latent site, if the guide draws its sites in the model's order; empty if it does not.
-
-    Where the orders differ, a site's two distributions are given different variables and the sum
-    of their KLs is no KL. A Delta stands for a density given elsewhere, and so does a factor.
-    """
-    order = [name for name, site in guide.sites.items() if not site.observed]
-    if order != [name for name, site in model.sites.items() if not site.observed]:
-        return {}
-    if len(order) < len(guide.sites):
-        return {}
-    result = {}
-    for name in order:
-        r, p = guide.sites[name], model.sites[name]
-        same_scale = r.scale is p.scale or (
-            not isinstance(r.scale, Tensor)
-            and not isinstance(p.scale, Tensor)
-            and r.scale == p.scale
-        )
-        is_delta = any(isinstance(d, Delta) for d in (r.fn, getattr(r.fn, "base_dist", None)))
-        if is_delta or r.mask is not p.mask or not same_scale:
-            continue
-        try:
-            divergence = kl_divergence(r.fn, p.fn)
-        except NotImplementedError:
-            continue
-        result[name] = p.masked(divergence)
-    return result
-
-
 def _logsumexp(value: Tensor, dims: list[int]) -> Tensor:
     present = [dim for dim in dims if value.dim() >= -dim]
     return torch.logsumexp(value, present, keepdim=True) if present else value
-
-
-def _surrogate(
-    undifferentiated: list[Tensor],
-    undifferentiated_shared: list[Tensor],
-    learning_signal: Tensor,
-    row: Tensor,
-    shared_total: Tensor | None,
-    *,
-    weights: Tensor,
-    layout: Layout,
-    share: float,
-) -> Tensor | None:
-    """Score-function part of the gradient.
-
-    ``sum of signal.detach() * log r``, made to have the value zero.
-    """
-    parts = []
-    if undifferentiated:
-        log_r = layout.sum(undifferentiated)
-        parts.append((learning_signal.detach() * log_r * share * weights).sum())
-        if shared_total is not None:
-            # It depends on every row's draw, and is the mean over particles already.
-            parts.append(shared_total.detach() * log_r.sum())
-    if undifferentiated_shared:
-        signal = (row * weights).sum().detach()
-        if shared_total is not None:
-            signal = signal + shared_total.detach()
-        parts.append(signal * torch.stack([v.sum() for v in undifferentiated_shared]).sum())
-    total = torch.stack(parts).sum()
-    return total - total.detach() if total.requires_grad else None

@@ -23,6 +23,8 @@ References:
 
 from __future__ import annotations
 
+import math
+
 import torch
 from pyro.distributions import Categorical, Delta, Independent, Normal, OneHotCategorical
 from pyro.distributions.util import scale_and_mask
@@ -125,33 +127,36 @@ def latent_dimensions(fn: Distribution) -> int:
         return int(fn.num_factors)
     inner, size = fn, 1
     while isinstance(inner, Independent):
-        size *= inner.event_shape[: inner.reinterpreted_batch_ndims].numel()
+        size *= math.prod(inner.event_shape[: inner.reinterpreted_batch_ndims])
         inner = inner.base_dist
     if isinstance(inner, Categorical | OneHotCategorical):
         return size
-    return fn.event_shape.numel()
+    return math.prod(fn.event_shape)
 
 
-def spare_nats(kl: Tensor, free: float, weights: Tensor, site: Site | None = None) -> Tensor:
+def spare_nats(kl: Tensor, free: float, counts: Tensor, site: Site | None = None) -> Tensor:
     """What free bits give back of a KL: added to the objective, it leaves nothing to gain from a
     smaller one.
 
     Args:
         kl: nats, ``(..., B, g)`` for groups along the last dimension.
         free: threshold of each group, nats.
-        weights: what each row counts, ``(B,)``, zero for rows that do not.
-        site: the site the groups belong to, whose mask also takes rows out.
+        counts: what each row counts, ``(B,)``, zero for rows that do not.
+        site: the site the groups belong to, one more for each entry of plates inside the data
+            plate, and whose mask also takes rows out; without it, dimensions on the left are
+            particles of one group.
 
     Returns:
         ``kl - free`` in groups whose weighted mean is below ``free``, exactly zero in the others,
         summed over groups, ``(..., B)``; with the gradient that cancels that of ``kl``.
     """
-    counts = weights.unsqueeze(-1)
-    if site is not None and site.mask is not None:
-        counts = _masked(site, counts.expand(kl.shape))
     with torch.no_grad():
-        total = (counts * torch.ones_like(kl)).sum(-2, keepdim=True)
+        share = counts.to(kl.dtype).unsqueeze(-1).expand(kl.shape)
+        if site is not None:
+            share = _masked(site, share)
+        dims = [-2] if site is not None else list(range(kl.dim() - 1))
+        total = share.sum(dims, keepdim=True)
         tiny = torch.finfo(kl.dtype).tiny
-        below = (kl * counts).sum(-2, keepdim=True) / total.clamp_min(tiny) < free
+        below = (kl * share).sum(dims, keepdim=True) / total.clamp_min(tiny) < free
     spare = torch.where(below, kl - free, kl.new_zeros(()))
     return (spare if site is None else _masked(site, spare)).sum(-1)

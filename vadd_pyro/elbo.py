@@ -22,6 +22,12 @@ reveals as targets, is a bound on the law of that sampler (with ``lambda = 1``),
 estimated by one uniformly drawn step per row, times ``T``. A guide trained by (a) alone has never
 seen a target that is not all that is masked: train on (b) or refit the guide before reporting it.
 
+In either, the inner term of a row may be replaced by a bound on its logarithm over several
+particles, importance-weighted or Rényi's (:mod:`vadd_pyro.densities`), with doubly
+reparameterised gradients (:mod:`vadd_pyro.estimators`), and its KL be given free bits
+(:mod:`vadd_pyro.divergences`). What is reported comes from :func:`vadd_pyro.log_likelihood_bound`,
+which knows none of these but the importance weights.
+
 References:
     Xie et al. 2025, "Variational Autoencoding Discrete Diffusion" (arXiv 2505.17384), for (a);
     Chao et al. 2026 on why (a) is no bound; SPEC section 3 for (b).
@@ -30,6 +36,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any, NamedTuple
 
 import pyro
@@ -40,38 +47,18 @@ from pyro.infer.enum import get_importance_trace
 from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
+from vadd_pyro.annealing import LinearAnnealing
 from vadd_pyro.densities import RowTerms, score
+from vadd_pyro.estimators import DoublyReparameterized, check_estimator
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 from vadd_pyro.programs import Program, check_store, modules_of, register_parameters
 from vadd_pyro.recorder import Recorder, run
-from vadd_pyro.sites import PARTICLES, check_pair, check_tokens_site
+from vadd_pyro.sites import PARTICLES, check_fit, check_pair, check_tokens_site
 from vadd_pyro.times import GridTimes, TimeDistribution, UniformTimes
 
 __all__ = ["LinearAnnealing", "LossTerms", "MaskedDiffusionELBO"]
 
 StepProgram = Callable[..., Any]
-
-
-class LinearAnnealing:
-    """KL weight that rises linearly from ``start`` to ``end`` over ``num_iterations``, then stays.
-
-    Args:
-        num_iterations: length of the ramp, in training iterations.
-        start, end: weight at the beginning and from the end of the ramp on.
-    """
-
-    def __init__(self, num_iterations: int, start: float = 0.0, end: float = 1.0) -> None:
-        if num_iterations < 1:
-            raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
-        self.num_iterations = num_iterations
-        self.start = start
-        self.end = end
-
-    def __call__(self, iteration: int) -> float:
-        return self.start + (self.end - self.start) * min(1.0, iteration / self.num_iterations)
-
-    def __repr__(self) -> str:
-        return f"LinearAnnealing({self.num_iterations}, start={self.start:g}, end={self.end:g})"
 
 
 class LossTerms(NamedTuple):
@@ -80,8 +67,8 @@ class LossTerms(NamedTuple):
     Args:
         loss: differentiable scalar, summed over rows and row weights, nats.
         reconstruction: the part without latents, detached; ``loss = reconstruction + lambda *
-            kl``.
-        kl: the weighted KL, detached, before ``lambda``.
+            kl``, so what free bits add to the KL is in it.
+        kl: the weighted KL, detached, before ``lambda`` and without free bits.
     """
 
     loss: Tensor
@@ -104,10 +91,19 @@ class MaskedDiffusionELBO(ELBO):
         times: distribution of the times; by default uniform for (a), the steps of the grid for
             (b).
         kl_weight: ``lambda``, a number, or a function of the training iteration such as
-            :class:`LinearAnnealing`. The iteration is counted in ``iteration``: one more for each
-            differentiated loss.
+            :class:`LinearAnnealing` and the others of :mod:`vadd_pyro.annealing`. The iteration is
+            counted in ``iteration``: one more for each differentiated loss.
         num_particles: latent draws per row.
         importance_weighted: average particles inside the logarithm, per row (Burda et al. 2016).
+        doubly_reparameterized: gradients of lower variance for the guide of that bound (Tucker et
+            al. 2018), at the cost of a second run of the guide; it must be a module with
+            reparameterised sites.
+        renyi_alpha: average the powers ``w ** (1 - alpha)`` of the importance weights instead (Li
+            and Turner 2016): 0 is the importance-weighted bound, towards 1 the ELBO; above 1 or
+            below 0 it need not be a lower bound.
+        free_bits: nats of each latent dimension that cost nothing (Kingma et al. 2016), a
+            dimension being given up to that much before its KL counts; whole sites, or all that
+            is estimated by draws, are compared with as much for each of their dimensions.
         vectorize_particles: lay particles out along a plate of their own; False loops, for
             programs that do not broadcast.
         closed_form_kl: use closed-form KL divergences where that is exact: one particle, and a
@@ -130,6 +126,9 @@ class MaskedDiffusionELBO(ELBO):
         kl_weight: float | Callable[[int], float] = 1.0,
         num_particles: int = 1,
         importance_weighted: bool = False,
+        doubly_reparameterized: bool = False,
+        renyi_alpha: float | None = None,
+        free_bits: float = 0.0,
         vectorize_particles: bool = True,
         closed_form_kl: bool = True,
         max_plate_nesting: int = 1,
@@ -145,11 +144,14 @@ class MaskedDiffusionELBO(ELBO):
                 raise TypeError(f"{name} must be an integer, got {value!r}")
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {value}")
-        if importance_weighted and num_particles > 1 and not vectorize_particles:
-            raise ValueError(
-                "importance_weighted needs vectorize_particles=True: particles of a row meet "
-                "inside a logarithm"
-            )
+        check_estimator(
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            importance_weighted=importance_weighted,
+            doubly_reparameterized=doubly_reparameterized,
+            renyi_alpha=renyi_alpha,
+            free_bits=free_bits,
+        )
         gridded = num_steps is not None or time_grid is not None
         if times is not None and gridded:
             raise ValueError("times and num_steps or time_grid say the same thing twice: give one")
@@ -170,11 +172,15 @@ class MaskedDiffusionELBO(ELBO):
         self.times = times
         self.kl_weight = kl_weight
         self.importance_weighted = importance_weighted
+        self.doubly_reparameterized = doubly_reparameterized
+        self.renyi_alpha = renyi_alpha
+        self.free_bits = free_bits
         self.vectorize_particles = vectorize_particles
         self.closed_form_kl = closed_form_kl
         self.row_plates = max_plate_nesting
         self.iteration = 0
         self._checked: tuple[Any, Any] | None = None
+        self._known_guide: Any = None
 
     # ------------------------------------------------------------------ pieces
 
@@ -219,8 +225,12 @@ class MaskedDiffusionELBO(ELBO):
             )
         vectorized = self.num_particles > 1 and self.vectorize_particles
         num_runs = 1 if vectorized else self.num_particles
+        twice = None
+        if self.doubly_reparameterized and torch.is_grad_enabled():
+            twice = DoublyReparameterized(guide)
         runs = [
-            self.record(model, guide, batch, vectorized, args, kwargs) for _ in range(num_runs)
+            self.record(model, guide, batch, vectorized, args, kwargs, twice)
+            for _ in range(num_runs)
         ]
         active = batch.target.any(-1)
         options: dict[str, Any] = dict(
@@ -232,12 +242,17 @@ class MaskedDiffusionELBO(ELBO):
             closed_form_kl=self.closed_form_kl,
         )
         if len(runs) == 1:
-            return score(
+            result = score(
                 *runs[0],
                 vectorized=vectorized,
                 importance_weighted=self.importance_weighted,
+                renyi_alpha=self.renyi_alpha,
+                free_bits=self.free_bits,
                 **options,
             )
+            if twice is not None and result.log_weights is not None:
+                twice.weigh(result.log_weights, options["kl_weight"])
+            return result
         terms = [score(*pair, **options) for pair in runs]
         return RowTerms(
             torch.stack([term.rows for term in terms]).mean(0),
@@ -254,8 +269,12 @@ class MaskedDiffusionELBO(ELBO):
         vectorized: bool = False,
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
+        twice: DoublyReparameterized | None = None,
     ) -> tuple[Recorder, Recorder]:
-        """Run the pair once on a batch, the model with the guide's values: what each did."""
+        """Run the pair once on a batch, the model with the guide's values: what each did.
+
+        For a doubly reparameterised gradient the guide runs twice; the second run is returned.
+        """
         kwargs = {} if kwargs is None else kwargs
         first_dim = -1 - self.row_plates - int(vectorized)
 
@@ -272,10 +291,16 @@ class MaskedDiffusionELBO(ELBO):
             inside=particles(),
             **kwargs,
         )
+        if twice is not None:
+            unknown = self._known_guide is not guide
+            second = twice.second_run(inferred, particles, self.row_plates, check=unknown)
+            inferred = second(batch, *args, **kwargs)
+            self._known_guide = guide
         replay = inferred.latent_values()
+        fits = partial(check_fit, inferred) if is_validation_enabled() else None
         generated = run(
             model,
-            Recorder(replay, lambda msg: True, first_dim=inferred.next_dim),
+            Recorder(replay, lambda msg: True, inferred.next_dim, fits),
             batch,
             *args,
             inside=particles(),

@@ -1,11 +1,10 @@
 r"""Gradients of the bounds where the plain ones are noisy: doubly reparameterised ones, and score
 functions with baselines.
 
-**Doubly reparameterised gradients.** With weights ``w_p = p(x, z_p)^... / r(z_p)`` of ``P``
-particles, the gradient of :math:`\log \frac1P \sum_p w_p` for a guide's parameters has a
-signal-to-noise ratio that *falls* with ``P``. Reparameterising its score-function part once more
-gives, with normalised weights :math:`\tilde w_p` and the guide's parameters held fixed inside
-``log w``,
+**Doubly reparameterised gradients.** With importance weights ``w_p`` of ``P`` particles, the plain
+gradient of :math:`\log \frac1P \sum_p w_p` for a guide's parameters has a signal-to-noise ratio
+that *falls* with ``P``. Reparameterising its score-function part once more gives, with normalised
+weights :math:`\tilde w_p` and the guide's parameters held fixed inside ``log w``,
 
 .. math::
     \nabla_\phi = E \sum_p \tilde w_p^2 \, \frac{\partial \log w_p}{\partial z_p} \frac{d z_p}{d
@@ -13,9 +12,9 @@ gives, with normalised weights :math:`\tilde w_p` and the guide's parameters hel
     + \lambda \tilde w_p^2\big] \frac{\partial \log w_p}{\partial z_p} \frac{d z_p}{d \phi},
 
 unbiased and of lower variance; the model's gradient is the plain one. Here it is had by ordinary
-backward: what the model sees is a copy ``y`` of each draw ``z`` whose gradient is multiplied on its
-way back (once by the logarithm's own :math:`\tilde w_p`, once by the copy), and ``log r`` is
-computed by running the guide again on ``y`` with its parameters detached.
+backward. What the model sees is a copy ``y`` of each draw ``z``, whose gradient (which has one
+:math:`\tilde w_p` from the logarithm) is multiplied by the other factor on its way back, and ``log
+r`` is computed by running the guide again on ``y`` with its parameters detached.
 
 **Score functions.** A draw that is not reparameterised contributes :math:`(S - b) \nabla_\phi \log
 r(z)`, ``S`` being the objective of its row. Any baseline ``b`` that does not depend on the draw
@@ -32,6 +31,7 @@ References:
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -123,15 +123,35 @@ class _Constant(Messenger):
         msg["value"] = msg["value"].detach()
 
 
+class _Scored(Site):
+    """A site whose log-density was computed where it was sampled: some laws, such as flows, look
+    at their parameters only then.
+    """
+
+    __slots__ = ("_log_prob",)
+
+    def __init__(self, msg: dict[str, Any]) -> None:
+        super().__init__(msg, None)
+        self._log_prob = super().log_prob()
+
+    def log_prob(self) -> Tensor:
+        return self._log_prob
+
+
 class _Repeated(Recorder):
     """Replays values, yet draws as the first run did, so that dropout meets the same numbers."""
 
     def _process_message(self, msg: Any) -> None:
-        is_latent = msg["type"] == "sample" and not msg["is_observed"]
-        if is_latent and getattr(msg["fn"], "has_rsample", False):
+        if msg["type"] == "sample" and not msg["is_observed"]:
+            fn = msg["fn"]
             with torch.no_grad():
-                msg["fn"].rsample()
+                (fn.rsample if getattr(fn, "has_rsample", False) else fn.sample)()
         super()._process_message(msg)
+
+    def _postprocess_message(self, msg: Any) -> None:
+        super()._postprocess_message(msg)
+        if msg["type"] == "sample" and msg["name"] in self.sites:
+            self.sites[msg["name"]] = _Scored(msg)
 
 
 @contextmanager
@@ -196,8 +216,11 @@ class DoublyReparameterized:
                 with _Constant():
                     return torch.func.functional_call(self.guide, fixed, args, kwargs)
 
-            with _again(self._state):
-                return run(program, _Repeated(replay), *args, inside=particles(), **kwargs)
+            recorder = _Repeated(replay, first_dim=first.next_dim)
+            with _again(self._state), warnings.catch_warnings():
+                # A PyroModule announces its parameters, and wonders why they are fixed.
+                warnings.filterwarnings("ignore", message=".*not registered in the param store")
+                return run(program, recorder, *args, inside=particles(), **kwargs)
 
         def second(*args: Any, **kwargs: Any) -> Recorder:
             if check:
@@ -359,8 +382,14 @@ def _baseline(site: Site, options: Mapping[str, Any], signal: Tensor) -> Tensor:
             raise ValueError(f"site {site.name!r} has an nn_baseline without nn_baseline_input")
         value = network(options["nn_baseline_input"].detach())
     baseline = torch.as_tensor(value, dtype=signal.dtype, device=signal.device)
-    fits = baseline.dim() == 0 or baseline.shape[-1] == signal.shape[-1]
-    if not fits or torch.broadcast_shapes(baseline.shape, signal.shape) != signal.shape:
+    # From the right, every dimension of the signal's size; the last one must not be spread out.
+    fits = baseline.dim() <= signal.dim() and all(
+        own == size or (own == 1 and position)
+        for position, (own, size) in enumerate(
+            zip(reversed(baseline.shape), reversed(signal.shape), strict=False)
+        )
+    )
+    if not fits:
         raise ValueError(
             f"the baseline of site {site.name!r} must have one entry a row, shape "
             f"({signal.shape[-1]},), or broadcast to {tuple(signal.shape)}, got "

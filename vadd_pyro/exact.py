@@ -23,8 +23,8 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.distributions import Independent, MixtureSameFamily, StudentT
-from scipy.special import stdtrit
+from pyro.distributions import Gamma, Independent, MixtureSameFamily, StudentT
+from scipy.special import gammaincinv, stdtrit
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
@@ -102,13 +102,26 @@ def _inverse_cdf(fn: Any, u: Tensor) -> Tensor:
         index = index.expand(pick.shape + tuple(fn.event_shape))
         quantiles = quantiles.expand(pick.shape[:-1] + quantiles.shape[-1 - event :])
         return quantiles.gather(-1 - event, index).squeeze(-1 - event)
-    if isinstance(fn, StudentT):
-        return fn.loc + fn.scale * torch.from_numpy(stdtrit(fn.df.cpu(), u.cpu())).to(u)
     if isinstance(fn, Independent):
-        return fn.base_dist.icdf(u.reshape(u.shape[:-1] + tuple(fn.event_shape)))
+        return _icdf(fn.base_dist, u.reshape(u.shape[:-1] + tuple(fn.event_shape)))
     if len(fn.event_shape) == 0:
-        return fn.icdf(u.squeeze(-1))
+        return _icdf(fn, u.squeeze(-1))
     raise NotImplementedError
+
+
+def _icdf(fn: Any, u: Tensor) -> Tensor:
+    """Quantiles of a law of numbers; torch lacks some, which scipy has."""
+    if isinstance(fn, StudentT):
+        return fn.loc + fn.scale * _special(stdtrit, fn.df, u)
+    if isinstance(fn, Gamma):
+        return _special(gammaincinv, fn.concentration, u) / fn.rate
+    return fn.icdf(u)
+
+
+def _special(function: Callable[..., Any], parameter: Tensor, u: Tensor) -> Tensor:
+    """A function of scipy at a parameter and points, broadcast."""
+    values = function(parameter.detach().cpu().numpy(), u.cpu().numpy())
+    return torch.as_tensor(values).to(u)
 
 
 class _Joints:

@@ -69,7 +69,7 @@ def optimize_time_grid(
         process: their forward process.
         x_0: clean tokens, ``(B, D)``; some hundred rows.
         num_steps: ``T``.
-        num_candidates: intervals of the fine grid; the cost grows with its square.
+        num_candidates: intervals of the fine grid, on which the cost depends as said above.
         num_particles: importance samples per term; not used where nothing is inferred.
         num_draws: random reveal paths of each row.
         seed: seed of this call; None draws on torch's global state.

@@ -25,52 +25,51 @@ nearest integer, halves up (:func:`reveal_counts`); at ``s = 0`` that is none. A
 nothing costs no network call. Ties go to the position on the left.
 
 **What is kept.** Two laws may be: ``p_T``, and the law ``q`` of the data if the model is perfect,
-which means one of two things. *Exact joint*: the step's own law :math:`\int p(z \mid x_t)
-\prod_j \mu_j\, dz` is :math:`q(x_M \mid x_t)`; only a latent can do that. *Exact conditionals*:
-each position's is :math:`q(x_j \mid x_t)`, the best that a model without latent can do.
+which means one of two things. *Exact joint*: the step's own law :math:`\int p(z \mid x_t) \prod_j
+\mu_j\, dz` is :math:`q(x_M \mid x_t)`; that takes a latent. *Exact conditionals*: each position's
+is :math:`q(x_j \mid x_t)`, the best that a model without latent can do. In the table "entropy"
+stands for any function of the logits, and what it does not list keeps neither law.
 
-============================== ====== ============================================================
-options                        p_T    law of the data, with a perfect model
-============================== ====== ============================================================
-random, fresh                  yes    exact joint: yes, for every T; exact conditionals: as T
-                                      grows and no step reveals two tokens
-random, shared or partial      no (1) no; shared gives :math:`\int p(z) \prod_j \mu_j(x_j \mid z)\,
-                                      dz` where ``mu`` depends on ``z`` alone
-function of ``x_t`` alone,     no (2) exact joint: yes, any number of tokens a step; exact
-fresh                                 conditionals: yes, with one token a step
-entropy or a function of the   no (2) exact conditionals: yes, with one token a step
-logits; no latent
-the same, fresh latent         no (2) no: the choice says something about ``z``, so that the token
-                                      has not the law :math:`E_z \mu_j` (3)
-entropy_bounded, no latent     no     exact conditionals: yes with ``gamma = 0``, else
-                                      :math:`KL(q | p) \le \gamma` times the number of calls (4)
-entropy_bounded, fresh latent  no     no, for the same reason (3)
-confidence                     no (2) no: likely tokens come first, and what is left unrevealed is
-                                      what was unlikely; even where positions are independent
-random and remask, fresh       no (5) exact joint: yes, for every T and eta; exact conditionals:
-                                      where positions are independent, else as T grows with
-                                      ``eta T`` bounded
-latent_temperature other than  no     no
-one
-============================== ====== ============================================================
+============================= ====== =============================================================
+options                       p_T    law of the data, with a perfect model
+============================= ====== =============================================================
+random, fresh                 yes    exact joint: yes, for every T; exact conditionals: as T
+                                     grows and no step reveals two tokens
+random, shared or partial     no (1) no; shared gives :math:`\int p(z) \prod_j \mu_j(x_j \mid z)\,
+                                     dz` where ``mu`` depends on ``z`` alone
+function of ``x_t``, fresh    no (2) exact joint: yes, any number of tokens a step; exact
+                                     conditionals: yes, with one token a step
+entropy, no latent            no (2) exact conditionals: yes, with one token a step
+entropy, fresh latent         no (2) no: the choice says something about ``z``, so that the token
+                                     has not the law :math:`E_z \mu_j` (3)
+entropy_bounded, no latent    no (2) exact conditionals: yes with ``gamma = 0``, else
+                                     :math:`KL(q | p) \le \gamma` times the number of calls (4)
+entropy_bounded, fresh latent no (2) no, for the same reason (3)
+confidence                    no (2) no: likely tokens come first, and what is left is drawn again;
+                                     even where positions are independent
+random with remask, fresh     no (5) exact joint: yes, for every T and eta; exact conditionals:
+                                     where positions are independent, else as T grows (6)
+latent_temperature not 1      no     no
+============================= ====== =============================================================
 
-(1) Yes with ``T = 1``, or without latent. (2) Yes with ``T = 1``, when all is revealed at once. A
-function that gives random scores, one token a step, has the law to which ``p_T`` tends as T grows,
-if the model does not look at ``t``. (3) Harmless where the choice comes out the same for all
-``z``. A latent which decides whether a position is certain makes ``"entropy"`` reveal it just when
-it is. (4) If ``num_steps`` does not cut it short: the last call allowed reveals all that is left,
-whatever the bound. (5) Yes with ``T <= 2``, where nothing is ever hidden.
-
-With ``eta`` fixed, more steps do not make remasking exact: each hides and reveals a share of the
-tokens at once, independently of each other.
+(1) Yes with ``T = 1``, or without latent. (2) If all is revealed at once, no order is left and the
+law is ``p_1``. A function that gives random scores, one token a step, has the law to which ``p_T``
+tends as T grows, if the model does not look at ``t``. (3) Harmless where the choice comes out the
+same for all ``z``. A latent which decides whether a position is certain makes ``"entropy"`` reveal
+it just when it is. (4) If ``num_steps`` does not cut it short: the last call allowed reveals all
+that is left, whatever the bound. (5) Yes with ``T <= 2``, where nothing is ever hidden. (6) The
+error falls as ``1 / T`` while ``eta T`` is bounded, as does that without remasking. With ``eta``
+fixed, when a share of the tokens is drawn anew at once in every step, it is the cap, which falls
+to zero with ``t``, that lets it fall at all, as ``1 / sqrt(T)``.
 
 **What remasking is for.** Without it a token stays once it is revealed. Two tokens drawn
 independently in one step may contradict each other, or a token drawn where little was visible may
 fit badly to what comes after, and nothing can mend it; nor can a row use more than ``D`` network
 calls. With it a visible token may be drawn again given the others (:func:`remasking_rates`; Wang
-et al. 2025, ReMDM-cap), so that later steps mend what coarse early ones have spoiled. It does not
-mend wrong conditionals: where those of a learned model do not fit each other, it tends to the law
-of drawing from them over and over.
+et al. 2025, ReMDM-cap), so that later steps mend what coarse early ones have spoiled. Where none
+are coarse it mends nothing: with exact conditionals and equal steps it is no better than the plain
+order. Nor does it mend wrong conditionals: where those of a learned model do not fit each other,
+it tends to the law of drawing from them over and over.
 
 References:
     Chang et al. 2022, "MaskGIT" (arXiv 2202.04200); Ben-Hamu et al. 2025, "Accelerated Sampling

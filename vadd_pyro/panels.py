@@ -20,16 +20,18 @@ __all__ = ["Series", "compare_series"]
 
 Key = tuple[str, str | None, int | None]
 # Paul Tol's muted scheme, its sand darkened.
-_COLORS = ("#332288", "#CC6677", "#117733", "#C9A227", "#5BB4E5", "#882255", "#44AA99", "#999933")
-_COLORS += ("#AA4499",)
+_COLORS = (
+    *("#332288", "#CC6677", "#117733", "#C9A227", "#5BB4E5", "#882255", "#44AA99", "#999933"),
+    "#AA4499",
+)
 _MARKERS = "osD^vPX*<>p"
 _REFERENCE = "#333333"
 _GRID = "#DDDDDD"
 _COLUMNS: tuple[tuple[str, Key], ...] = (
     ("JS, one step", ("jensen_shannon", "fresh", 1)),
     ("TV, one step", ("total_variation", "fresh", 1)),
-    ("on support, one step", ("accuracy", "fresh", 1)),
-    ("KL (nats)", ("kl", None, None)),
+    ("on support", ("accuracy", "fresh", 1)),
+    ("KL at start (nats)", ("kl_at_start", None, None)),
     ("active units", ("active_units", None, None)),
     ("training (s)", ("train_seconds", None, None)),
 )
@@ -100,10 +102,32 @@ def _apart(heights: Sequence[float], least: float) -> list[float]:
     return result
 
 
+def _scale(ax: Axes, axis: str, values: Sequence[float]) -> None:
+    """Logarithmic with plain numbers where values span much, else linear from zero."""
+    from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
+
+    if not values or min(values) < 0:
+        return
+    least, most = min(values), max(values)
+    which = getattr(ax, f"{axis}axis")
+    if 0 < 5 * least < most:
+        getattr(ax, f"set_{axis}scale")("log")
+        # A label for every decade only, if there are several.
+        subs = (1.0, 2.0, 5.0) if most < 60 * least else (1.0,)
+        which.set_major_locator(LogLocator(subs=subs))
+        which.set_minor_formatter(NullFormatter())
+    else:
+        which.set_major_locator(MaxNLocator(5 if axis == "y" else 3, steps=[1, 2, 5, 10]))
+        getattr(ax, f"set_{axis}lim")(-0.03 * most, 1.1 * most or 1.0)
+    which.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
+
+
 def _against_steps(
     ax: Axes, series: Sequence[Series], steps: Sequence[int], metric: str, latent: str
 ) -> None:
     """One line per model over the number of steps, its rank written at the end."""
+    from matplotlib.ticker import NullLocator
+
     ends: list[tuple[int, float, str]] = []
     drawn: list[float] = []
     for rank, one in enumerate(series, 1):
@@ -120,11 +144,9 @@ def _against_steps(
         drawn += y
     ax.set_xscale("log", base=2)
     ax.set_xticks(steps, [str(n) for n in steps])
-    ax.minorticks_off()
     ax.set_xlabel("steps", fontsize=8.5)
-    positive = [value for value in drawn if value > 0]
-    if positive and len(positive) == len(drawn) and max(positive) > 5 * min(positive):
-        ax.set_yscale("log")
+    _scale(ax, "y", drawn)
+    ax.xaxis.set_minor_locator(NullLocator())
     ax.grid(axis="y", color=_GRID, linewidth=0.6)
     if not ends:
         return
@@ -142,6 +164,20 @@ def _against_steps(
             va="center",
             annotation_clip=False,
         )
+
+
+def _draw_floor(ax: Axes, floor: float) -> None:
+    """The distance of true draws, as a line where it is near the others, else in words."""
+    low, _ = ax.get_ylim()
+    if ax.get_yscale() == "log" and floor < low / 2:
+        where: dict[str, Any] = {"xy": (0.03, 0.03), "xycoords": "axes fraction"}
+        text = f"as many draws of the data: {floor:.1g}"
+    else:
+        ax.axhline(floor, color="#888888", linewidth=0.9, linestyle=":")
+        where = {"xy": (0.03, floor), "xycoords": ax.get_yaxis_transform()}
+        text = "as many draws of the data"
+    offset: dict[str, Any] = {"xytext": (0, 2.5), "textcoords": "offset points"}
+    ax.annotate(text, **where, **offset, fontsize=7, color="#666666")
 
 
 def _dots(ax: Axes, series: Sequence[Series], key: Key) -> None:
@@ -174,15 +210,21 @@ def _dots(ax: Axes, series: Sequence[Series], key: Key) -> None:
             )
         ax.errorbar([mean], [row], xerr=[error], markersize=5, elinewidth=1.1, zorder=3, **look)
         shown += values
-    if shown and min(shown) > 0 and max(shown) > 8 * min(shown):
-        ax.set_xscale("log")
-    elif shown and min(shown) >= 0:
-        ax.set_xlim(left=0, right=1.12 * max(shown) or 1)
+    _scale(ax, "x", shown)
     ax.set_ylim(len(series) - 0.4, -0.6)
     ax.set_yticks(range(len(series)), [""] * len(series))
     ax.tick_params(axis="y", length=0)
     ax.grid(axis="both", color=_GRID, linewidth=0.6)
     ax.spines["left"].set_visible(False)
+
+
+def _caption(series: Sequence[Series]) -> str:
+    numbers = {len(found) for one in series for found in one.values.values()}
+    if numbers <= {1}:
+        return "one seed"
+    least, most = min(numbers), max(numbers)
+    seeds = f"{most}" if least == most else f"{least} to {most}"
+    return f"mean ± standard error of {seeds} seeds; small dots: single seeds"
 
 
 def compare_series(series: Sequence[Series], *, title: str, floor: float | None = None) -> Figure:
@@ -202,11 +244,12 @@ def compare_series(series: Sequence[Series], *, title: str, floor: float | None 
         raise ValueError("series is empty: expected at least one model")
     steps = sorted({n for one in series for _, _, n in one.values if n is not None})
     columns = [(name, key) for name, key in _COLUMNS if any(one.seeds(*key) for one in series)]
-    width, top, upper, row = 10.5, 0.75, 2.6, 0.21
+    width, top, upper, row, right = 10.5, 0.75, 2.6, 0.21, 0.975
     lower = row * len(series) + 0.1
     height = top + upper + 0.95 + lower + 0.45
     fig = Figure(figsize=(width, height), dpi=200)
     fig.text(0.012, 1 - 0.3 / height, title, fontsize=12, va="center", weight="bold")
+    fig.text(right, 1 - 0.3 / height, _caption(series), fontsize=8, ha="right", va="center")
 
     lines = [
         ("JS to the data, fresh latents (nats)", "jensen_shannon", "fresh"),
@@ -216,26 +259,15 @@ def compare_series(series: Sequence[Series], *, title: str, floor: float | None 
     lines = [
         line for line in lines if any(o.seeds(line[1], line[2], n) for o in series for n in steps)
     ]
-    left, right, space = 0.055, 0.975, 0.062
+    left, space = 0.055, 0.068
     wide = (right - left - space * (len(lines) - 1)) / max(1, len(lines))
-    first: Axes | None = None
     for i, (name, metric, latent) in enumerate(lines):
         box = (left + i * (wide + space), 1 - (top + upper) / height, wide, upper / height)
         ax = fig.add_axes(box)
         _frame(ax, name)
-        if latent == "shared" and floor:
-            ax.axhline(floor, color="#888888", linewidth=0.9, linestyle=":")
         _against_steps(ax, series, steps, metric, latent)
         if latent == "shared" and floor:
-            ax.annotate(
-                "as many draws of the data",
-                (steps[0], floor),
-                (0, 2.5),
-                fontsize=7,
-                textcoords="offset points",
-                color="#666666",
-            )
-        first = first or ax
+            _draw_floor(ax, floor)
     names = 0.24
     wide = (right - names - 0.022 * (len(columns) - 1)) / max(1, len(columns))
     for i, (name, key) in enumerate(columns):
@@ -254,7 +286,7 @@ def _names(ax: Axes, series: Sequence[Series], left: float) -> None:
     width = -left
     for row, one in enumerate(series):
         look = _look(one)
-        style = {"fontsize": 8.5, "va": "center", "transform": across}
+        style: dict[str, Any] = {"fontsize": 8.5, "va": "center", "transform": across}
         ax.text(left + 0.07 * width, row, str(row + 1), ha="right", color=look["color"], **style)
         ax.plot(
             [left + 0.1 * width, left + 0.16 * width, left + 0.22 * width],

@@ -89,6 +89,7 @@ class Recorder(Messenger):
         enumerate_sites: called with a message at each site that would be drawn; True lays out its
             support instead.
         first_dim: the first batch dimension free for supports, a negative number.
+        check: called with a message before a value is replayed at its site.
     """
 
     def __init__(
@@ -96,9 +97,11 @@ class Recorder(Messenger):
         replay: Mapping[str, Tensor] | None = None,
         enumerate_sites: Callable[[dict[str, Any]], bool] | None = None,
         first_dim: int = -2,
+        check: Callable[[dict[str, Any]], None] | None = None,
     ) -> None:
         super().__init__()
         self.replay = replay
+        self.check = check
         self.enumerate_sites = enumerate_sites
         self.next_dim = first_dim
         self.sites: dict[str, Site] = {}
@@ -113,6 +116,8 @@ class Recorder(Messenger):
         name = msg["name"]
         if self.replay is not None and name in self.replay:
             # As in poutine.replay, what comes from outside wins over a value set inside.
+            if self.check is not None:
+                self.check(msg)
             msg["value"] = self.replay[name]
             msg["done"] = True
         elif msg["value"] is not None or msg["done"]:

@@ -194,21 +194,22 @@ def _steps(variants: Sequence[Variant]) -> list[int]:
     return sorted({n for v in variants for _, _, n in v.values if n is not None})
 
 
+_KEY = """\
+Mean ± standard error over seeds, the best at one step first. JS and TV: Jensen-Shannon (nats) and
+total variation distance of the sampler's law to the data's; exact with fresh latents, from a
+histogram with a shared one. Gap: minus the T-step bound less the entropy of the data (nats), on
+held-out rows. KL: nats per row at the end of training, weighted as in the objective; none where
+the latent is summed out. KL at start, active units and mutual information between row and latent
+(nats): with everything masked, where every sample starts.""".splitlines()
+
+
 def summary(results: Results) -> str:
     """The results as text to read, in Markdown."""
     names = labels(results)
     lines = ["# Comparison", ""]
     if not results:
         return "\n".join([*lines, "No cell is finished yet.", ""])
-    lines += [
-        "Mean ± standard error over seeds, the best at one step first. JS and TV: Jensen-Shannon "
-        "(nats) and total",
-        "variation distance of the sampler's law to the data's; exact with fresh latents, from a "
-        "histogram with a shared",
-        "one. Gap: minus the T-step bound less the entropy of the data (nats), on held-out rows. "
-        "KL: nats per row at the",
-        "end of training, weighted as in the objective.",
-    ]
+    lines += _KEY
     settings = next(iter(results.values()))["settings"]
     for name, variants in gather(results).items():
         steps = _steps(variants)
@@ -223,7 +224,7 @@ def summary(results: Results) -> str:
         if floor:
             notes.append(
                 f"{settings['num_samples']:,} true draws, as many as with a shared latent, are at "
-                f"JS {floor[0]:.4f}"
+                f"JS {floor[0]:.2g}"
             )
         lines += [f"{'; '.join(notes)}.", ""]
 
@@ -250,7 +251,9 @@ def summary(results: Results) -> str:
         bounds: list[tuple[str, Key, int]] = [
             *[(f"gap, {_of(n)}", ("gap", "fresh", n), 3) for n in steps],
             ("KL", ("kl", None, None), 2),
+            ("KL at start", ("kl_at_start", None, None), 2),
             ("active units", ("active_units", None, None), 1),
+            ("information", ("mutual_information", None, None), 2),
             ("parameters", ("num_parameters", None, None), 0),
             ("updates", ("num_iterations", None, None), 0),
             ("training, s", ("train_seconds", None, None), 0),
@@ -286,8 +289,13 @@ def write_report(folder: str | Path, results: Results) -> str:
     text = summary(results)
     write_whole(folder / "summary.md", lambda file: file.write(text.encode()))
     names = labels(results)
-    # Every configuration looks the same in all figures; those without a latent come last.
-    styles = {c: i for i, c in enumerate(sorted(names, key=lambda c: c[0] == "none"))}
+    # A configuration looks the same in all figures; those without a latent are a kind apart.
+    order = {prior: place for place, prior in enumerate(zoo.PRIORS)}
+    ordered = sorted(names, key=lambda c: order.get(c[0], len(order)))
+    styles: dict[tuple[str, ...], int] = {}
+    for reference in (True, False):
+        same = [c for c in ordered if (c[0] == "none") == reference]
+        styles |= {c: place for place, c in enumerate(same)}
     for name, variants in gather(results).items():
         drawn = [
             panels.Series(names[v.names], styles[v.names], v.names[0] == "none", v.values)

@@ -11,8 +11,8 @@ from collections.abc import Iterable
 from typing import Any
 
 import torch
-from pyro.distributions import Independent, MaskedDistribution, constraints
-from pyro.distributions.util import is_validation_enabled
+from pyro.distributions import Delta, Independent, MaskedDistribution, constraints
+from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 from vadd_pyro.distributions import check_vocabulary, token_logits
@@ -21,6 +21,7 @@ from vadd_pyro.recorder import Recorder, Site
 __all__ = [
     "PARTICLES",
     "Layout",
+    "check_fit",
     "check_pair",
     "check_summed",
     "check_tokens_site",
@@ -64,12 +65,6 @@ def check_pair(guide: Recorder, model: Recorder) -> None:
                 f"the guide samples {name!r}, which is observed in the model: leave it out of the "
                 f"guide (poutine.block(guide, hide=[{name!r}]))"
             )
-        if is_validation_enabled() and _kind(site) != _kind(model.sites[name]):
-            raise ValueError(
-                f"guide and model do not fit: the guide's site {_describe(site)}, the model's "
-                f"site {_describe(model.sites[name])}; guides.for_prior(prior, encoder) picks a "
-                "guide that fits"
-            )
     for name, site in model.sites.items():
         if not site.observed and name not in guide.sites and site.enum_dim is None:
             raise ValueError(
@@ -96,9 +91,28 @@ def check_tokens_site(model: Recorder, vocab_size: int) -> None:
     check_vocabulary(token_logits(site.fn), vocab_size)
 
 
-def _kind(site: Site) -> tuple[Any, ...]:
-    """What values a site has: their shape, and the sort of their support where it is known."""
-    fn = site.fn
+def check_fit(guide: Recorder, msg: dict[str, Any]) -> None:
+    """Check that the guide's value can be one of the model's site, before the model meets it.
+
+    Raises:
+        ValueError: naming both sites.
+    """
+    name = msg["name"]
+    if name not in guide.sites or isinstance(msg["fn"], _Subsample):
+        return
+    guess = guide.sites[name].fn
+    if any(isinstance(fn, Delta) for fn in (guess, getattr(guess, "base_dist", None))):
+        return
+    if _kind(guess) != _kind(msg["fn"]):
+        raise ValueError(
+            f"guide and model do not fit: the guide's site {name!r} is {_describe(guess)}, the "
+            f"model's site {name!r} is {_describe(msg['fn'])}; guides.for_prior(prior, encoder) "
+            "picks a guide that fits"
+        )
+
+
+def _kind(fn: Any) -> tuple[Any, ...]:
+    """What values a law has: their shape, and the sort of their support where it is known."""
     shape = tuple(fn.event_shape)
     while isinstance(fn, Independent | MaskedDistribution):
         fn = fn.base_dist
@@ -115,12 +129,11 @@ def _kind(site: Site) -> tuple[Any, ...]:
     return (shape, "integers" if support.is_discrete else "real numbers")
 
 
-def _describe(site: Site) -> str:
-    fn = site.fn
+def _describe(fn: Any) -> str:
+    shape, kind = _kind(fn)
     while isinstance(fn, Independent | MaskedDistribution):
         fn = fn.base_dist
-    shape, kind = _kind(site)
-    return f"{site.name!r} is {type(fn).__name__} over {kind} of shape {shape}"
+    return f"{type(fn).__name__} over {kind} of shape {shape}"
 
 
 def _names(recorder: Recorder) -> str:

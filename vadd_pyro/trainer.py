@@ -26,11 +26,13 @@ from vadd_pyro.checkpoints import (
     save_checkpoint,
 )
 from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.monitor import Monitor
 from vadd_pyro.programs import modules_of
 
 __all__ = ["Batches", "History", "NonFiniteLossError", "Run", "Weights", "scheduled_rate"]
 
 _SMOOTHING = 0.98
+_LATENT_COLUMNS = ("kl_per_dimension", "active_units", "mutual_information", "share_at_prior")
 
 
 class NonFiniteLossError(ArithmeticError):
@@ -39,7 +41,8 @@ class NonFiniteLossError(ArithmeticError):
 
 @dataclass
 class History:
-    """What happened during a run, one entry per logged iteration.
+    """What happened during a run, one entry per logged iteration, and what became of the latents,
+    one entry per look at them (:func:`vadd_pyro.latent_statistics`).
 
     Args:
         iteration: number of updates done.
@@ -48,6 +51,9 @@ class History:
         kl_weight: ``lambda``.
         learning_rate: step size.
         seconds: training time so far, over all resumed parts.
+        monitor_iteration: number of updates done at each look at the latents.
+        kl_per_dimension, active_units, mutual_information, share_at_prior: what was seen, as in
+            :class:`vadd_pyro.LatentStatistics`.
     """
 
     iteration: list[int] = field(default_factory=list)
@@ -56,8 +62,13 @@ class History:
     kl_weight: list[float] = field(default_factory=list)
     learning_rate: list[float] = field(default_factory=list)
     seconds: list[float] = field(default_factory=list)
+    monitor_iteration: list[int] = field(default_factory=list)
+    kl_per_dimension: list[list[float]] = field(default_factory=list)
+    active_units: list[int] = field(default_factory=list)
+    mutual_information: list[float | None] = field(default_factory=list)
+    share_at_prior: list[float | None] = field(default_factory=list)
 
-    def to_dict(self) -> dict[str, list[float]]:
+    def to_dict(self) -> dict[str, list[Any]]:
         """Columns by name."""
         return {name: list(getattr(self, name)) for name in self.__dataclass_fields__}
 
@@ -202,11 +213,13 @@ class Run:
         weights: Weights,
         batches: Callable[[int], Tensor],
         configuration: dict[str, Any],
+        monitor: Monitor | None = None,
     ) -> None:
         self.model, self.guide, self.elbo = model, guide, elbo
         self.weights = weights
         self.batches = batches
         self.configuration = configuration
+        self.monitor = monitor
         self.iteration = 0
         self.history = History()
         self.smooth_loss = math.nan
@@ -224,9 +237,12 @@ class Run:
         state = random_state()
         self.elbo.iteration = 0
         with pyro.validation_enabled(True), _Parameters() as parameters_seen:
-            self.elbo.loss(self.model, self.guide, self.batches(0))
+            first = self.batches(0)
+            self.elbo.loss(self.model, self.guide, first)
         self.weights.add_from_store(parameters_seen.found)
         restore_random_state(state)
+        if self.monitor is not None:
+            self.monitor.choose(self.batches.data if isinstance(self.batches, Batches) else first)
         parameters = self.weights.values()
         if not parameters:
             raise ValueError(
@@ -320,6 +336,14 @@ class Run:
         history.kl_weight.append(self.elbo.current_kl_weight())
         history.learning_rate.append(self.optimizer.param_groups[0]["lr"])
         history.seconds.append(self.elapsed)
+
+    def observe(self) -> None:
+        """One look at the latents for the history; no random number of the training is used."""
+        found = None if self.monitor is None else self.monitor(self.model, self.guide)
+        if found is not None:
+            self.history.monitor_iteration.append(self.iteration)
+            for name in _LATENT_COLUMNS:
+                getattr(self.history, name).append(getattr(found, name))
 
     def _tick(self) -> None:
         now = time.perf_counter()

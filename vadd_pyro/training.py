@@ -22,6 +22,7 @@ from tqdm.auto import tqdm
 
 from vadd_pyro.checkpoints import check_writable, random_state, restore_random_state
 from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.monitor import Monitor
 from vadd_pyro.process import check_size
 from vadd_pyro.programs import check_store, kept_modes
 from vadd_pyro.trainer import Batches, History, NonFiniteLossError, Run, Weights
@@ -32,6 +33,9 @@ __all__ = ["History", "NonFiniteLossError", "fit", "fit_guide"]
 def _check_arguments(**arguments: Any) -> None:
     for name in ("num_iterations", "batch_size", "log_every", "checkpoint_every"):
         check_size(name, arguments[name])
+    check_size("monitor_rows", arguments["monitor_rows"], least=2)
+    if arguments["monitor_every"] is not None:
+        check_size("monitor_every", arguments["monitor_every"])
     for name in ("learning_rate", "final_learning_rate", "clip_norm", "ema_decay"):
         value = arguments[name]
         if value is not None and not isinstance(value, int | float):
@@ -71,17 +75,23 @@ def _fingerprint(elbo: MaskedDiffusionELBO) -> str:
     weight: Any = elbo.kl_weight
     if isfunction(weight) or (callable(weight) and type(weight).__repr__ is object.__repr__):
         weight = getattr(weight, "__qualname__", type(weight).__qualname__)
-    return repr(
-        (
-            elbo.process,
-            [round(a, 9) for a in alpha.tolist()],
-            elbo.objective,
-            elbo.times,
-            weight,
-            elbo.num_particles,
-            elbo.importance_weighted,
-        )
-    )
+    parts = [
+        elbo.process,
+        [round(a, 9) for a in alpha.tolist()],
+        elbo.objective,
+        elbo.times,
+        weight,
+        elbo.num_particles,
+        elbo.importance_weighted,
+    ]
+    # Named where they are in use, so that checkpoints from before there were such options fit.
+    if elbo.doubly_reparameterized:
+        parts.append("doubly reparameterized")
+    if elbo.renyi_alpha is not None:
+        parts.append(f"renyi_alpha={float(elbo.renyi_alpha)!r}")
+    if elbo.free_bits:
+        parts.append(f"free_bits={float(elbo.free_bits)!r}")
+    return repr(tuple(parts))
 
 
 def fit(
@@ -104,6 +114,8 @@ def fit(
     checkpoint_every: int = 1000,
     resume: bool = False,
     log_every: int = 50,
+    monitor_every: int | None = 500,
+    monitor_rows: int = 256,
     progress: bool = True,
     description: str = "fit",
 ) -> History:
@@ -136,6 +148,11 @@ def fit(
         checkpoint_every: updates between two of them.
         resume: continue from ``checkpoint`` if it exists.
         log_every: updates between entries of the history.
+        monitor_every: updates between two looks at the latents (and one at the end), which enter
+            the history: see :func:`vadd_pyro.latent_statistics`. None takes none. They leave the
+            training as it is.
+        monitor_rows: how many rows of the data they are taken on, the same in the whole run, all
+            masked; a ``data`` function gives those of its first batch at most.
         progress: whether to show a progress bar.
         description: what the bar calls the run.
 
@@ -191,7 +208,8 @@ def fit(
         stack.callback(restore_random_state, outside)
         stack.enter_context(kept_modes(model, guide))
         pyro.set_rng_seed(seed)
-        run = Run(model, guide, elbo, weights, batches, configuration)
+        monitor = None if monitor_every is None else Monitor(elbo, monitor_rows, seed)
+        run = Run(model, guide, elbo, weights, batches, configuration, monitor)
         run.prepare(optimizer)
         if resume and path is not None and path.exists():
             run.load(path, device)
@@ -210,6 +228,10 @@ def fit(
                 if run.iteration % log_every == 0 or run.iteration == num_iterations:
                     run.log()
                     bar.set_postfix(loss=f"{run.smooth_loss:.3f}", kl=f"{run.smooth_kl:.3f}")
+                if monitor_every is not None and (
+                    run.iteration % monitor_every == 0 or run.iteration == num_iterations
+                ):
+                    run.observe()
                 if path is not None and (
                     run.iteration % checkpoint_every == 0 or run.iteration == num_iterations
                 ):

@@ -1,11 +1,11 @@
-r"""The zoo by name: priors, guides, objectives and distributions of times, and what is the user's own.
+r"""The zoo by name: priors, guides, objectives, distributions of times, and the user's own.
 
 A prior or guide is named in one of three ways: a name of the tables below; an import path
 ``package.module:Attribute``; or the name of an entry point of the group ``vadd_pyro.priors`` or
-``vadd_pyro.guides``. What a path or entry point leads to is the thing itself, a function of the
-batch, or makes it: a class or function that takes any of the arguments ``process``, ``latent_dim``,
-``num_codes``, ``state`` (features of the state, for a conditional prior), ``features`` (recognition
-features, for a guide), ``prior`` and ``model``, by these names.
+``vadd_pyro.guides``. What a path or entry point leads to is the thing itself, a function of
+``batch``, or makes it: a class or function that takes any of the arguments ``process``,
+``latent_dim``, ``num_codes``, ``state`` (features of the state, for a conditional prior),
+``features`` (recognition features, for a guide), ``prior`` and ``model``, by these names.
 """
 
 from __future__ import annotations
@@ -92,7 +92,6 @@ TIMES = {
     "grid": "points of 1, 2, 4, 8 steps",
 }
 _STEPS = (1, 2, 4, 8)
-_CODE_WIDTH = {"hidden_dim": 128, "num_layers": 2}
 
 
 class Pair(NamedTuple):
@@ -173,7 +172,12 @@ def _made(name: str, found: Any, offered: dict[str, Callable[[], Any]]) -> Any:
 
 
 def build_prior(
-    name: str, process: MaskingProcess, *, latent_dim: int = 2, num_codes: int = 64
+    name: str,
+    process: MaskingProcess,
+    *,
+    latent_dim: int = 2,
+    num_codes: int = 64,
+    hidden_dim: int = 128,
 ) -> Any:
     """A prior by name, import path or entry point.
 
@@ -182,15 +186,18 @@ def build_prior(
         process: gives vocabulary size and length.
         latent_dim: size of a continuous latent.
         num_codes: number of codes of a categorical one.
+        hidden_dim: width of the networks.
     """
-    state = partial(StateFeatures, process)
+    state = partial(StateFeatures, process, hidden_dim=hidden_dim)
     makers: dict[str, Callable[[], Any]] = {
         "standard_normal": lambda: models.StandardNormal(latent_dim),
         "learned_normal": lambda: models.LearnedNormal(latent_dim),
-        "conditional_normal": lambda: models.ConditionalNormal(StateEncoder(process, latent_dim)),
+        "conditional_normal": lambda: models.ConditionalNormal(
+            StateEncoder(process, latent_dim, hidden_dim=hidden_dim)
+        ),
         "mixture": lambda: models.MixtureOfNormals(latent_dim),
         "conditional_mixture": lambda: models.MixtureOfNormals(latent_dim, context=state()),
-        "vamp": lambda: models.VampPrior(MLPEncoder(process, latent_dim)),
+        "vamp": lambda: models.VampPrior(MLPEncoder(process, latent_dim, hidden_dim=hidden_dim)),
         "flow": lambda: models.NormalizingFlow(latent_dim),
         "conditional_flow": lambda: models.NormalizingFlow(latent_dim, state()),
         "hierarchical": lambda: models.Hierarchical((latent_dim, latent_dim)),
@@ -199,9 +206,7 @@ def build_prior(
         # One dimension more, so that the sphere has as many as the other latents.
         "spherical": lambda: models.Spherical(latent_dim + 1),
         "categorical": lambda: models.Categorical(num_codes, 8),
-        "conditional_categorical": lambda: models.Categorical(
-            num_codes, 8, StateFeatures(process, hidden_dim=128)
-        ),
+        "conditional_categorical": lambda: models.Categorical(num_codes, 8, state()),
         "product": lambda: models.ProductOfCategoricals(*_factors(num_codes), 8),
         "product_one_hot": lambda: models.ProductOfCategoricals(
             *_factors(num_codes), 8, one_hot=True
@@ -246,6 +251,7 @@ def build(
     *,
     latent_dim: int = 2,
     num_codes: int = 64,
+    hidden_dim: int = 128,
 ) -> Pair:
     """A model with a prior of the zoo and a guide that fits it.
 
@@ -255,6 +261,7 @@ def build(
         process: gives vocabulary size and length.
         latent_dim: size of a continuous latent.
         num_codes: number of codes of a categorical one.
+        hidden_dim: width of all networks.
 
     Raises:
         ValueError: for names that lead nowhere, and for a pair that does not fit, naming the
@@ -267,23 +274,27 @@ def build(
             raise ValueError(
                 f"prior 'none' has no latent for guide {guide!r} to infer: use 'auto'"
             )
-        return Pair(models.MDM(MLPDecoder(process)), guides.NoLatent(), 2000)
-    law = build_prior(prior, process, latent_dim=latent_dim, num_codes=num_codes)
+        decoder = MLPDecoder(process, hidden_dim=hidden_dim)
+        return Pair(models.MDM(decoder), guides.NoLatent(), 2000)
+    law = build_prior(
+        prior, process, latent_dim=latent_dim, num_codes=num_codes, hidden_dim=hidden_dim
+    )
     encoder = getattr(law, "encoder", None)
-    features = MLPFeatures(process) if encoder is None else encoder
+    features = MLPFeatures(process, hidden_dim=hidden_dim) if encoder is None else encoder
     summed = False
     if guide in GUIDES:
         family = None if guide == "auto" else guide
         summed = guides.families_for(law, features)[0] == "none" and family in (None, "none")
     size = _latent_size(law, process)
-    decoder = MLPDecoder(process, size, **(_CODE_WIDTH if summed else {}))
+    # Where every code runs through the decoder, a shallower one.
+    decoder = MLPDecoder(process, size, hidden_dim=hidden_dim, num_layers=2 if summed else 3)
     model = models.VADD(decoder, law)
     if guide not in GUIDES:
         offered: dict[str, Callable[[], Any]] = {
             "process": lambda: process,
             "latent_dim": lambda: latent_dim,
             "num_codes": lambda: num_codes,
-            "features": lambda: MLPFeatures(process),
+            "features": lambda: features,
             "prior": lambda: law,
             "model": lambda: model,
         }

@@ -8,11 +8,12 @@ Marginally, ``z_1`` is an infinite mixture of normals. The decoder sees ``z_1``,
 by side (``all_levels=True``), which keeps upper ones from collapsing.
 
 References:
-    Rezende et al. 2014 (arXiv 1401.4082); Sønderby et al. 2016, ladder networks (arXiv 1602.02282).
+    Rezende et al. 2014 (arXiv 1401.4082); Sønderby et al. 2016 (arXiv 1602.02282).
 """
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pyro
@@ -68,7 +69,7 @@ class Hierarchical(nn.Module):
                     "head": nn.Linear(hidden_dim, 2 * size),
                 }
             )
-            for above, size in zip(latent_dims[:-1], latent_dims[1:], strict=True)
+            for above, size in itertools.pairwise(latent_dims)
         )
 
     def forward(self, batch: MaskedBatch) -> Tensor:

@@ -3,8 +3,8 @@ r"""Directions: a latent on the sphere :math:`S^{d-1}`, uniform or concentrated 
 .. math::
     z = x / |x|, \qquad x \sim N(c(x_t, t), I_d), \qquad c = 0 \text{ without a context}
 
-A sphere is compact and, with ``c = 0``, has no centre for the posteriors to crowd at. For NUTS wrap
-the model in ``poutine.reparam(config={"z": ProjectedNormalReparam()})``, or in Pyro's
+A sphere is compact and, with ``c = 0``, has no centre for the posteriors to crowd at. For NUTS
+wrap the model in ``poutine.reparam(config={"z": ProjectedNormalReparam()})``, or in Pyro's
 ``MinimalReparam()``: the site then becomes a normal, ``"z_normal"``.
 
 References:

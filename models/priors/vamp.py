@@ -1,8 +1,8 @@
-r"""VampPrior: the guide itself at learned pseudo-inputs, so that prior and aggregate posterior meet.
+r"""VampPrior: the guide at learned pseudo-inputs, so that prior and aggregate posterior meet.
 
 .. math::
     p(z) = \frac1M \sum_{m=1}^{M} r(z \mid u_m), \qquad
-    p(z \mid x_t) = \frac1M \sum_{m=1}^{M} r(z \mid u_m \text{ with the visible tokens of } x_t, x_t)
+    p(z \mid x_t) = \frac1M \sum_{m=1}^{M} r(z \mid u_m \text{ with what is visible in } x_t, x_t)
 
 A pseudo-input ``u_m`` is a row of distributions over tokens, fed to the recognition network by its
 expected embedding; it stands in the all-masked state (first form), or takes over what is visible
@@ -80,7 +80,7 @@ class VampPrior(nn.Module):
             masks = torch.full_like(batch.x_t[:1], self.vocab_size).expand(len(pseudo), -1)
             hidden = masks == self.vocab_size
             ones = batch.t.new_ones(len(pseudo))
-            return self.encoder.soft(pseudo, MaskedBatch(masks, ones, hidden, hidden))  # type: ignore[operator, no-any-return]
+            return self.encoder.soft(pseudo, MaskedBatch(masks, ones, hidden, hidden))  # type: ignore[operator]
         states, row = batch.x_t.unique(dim=0, return_inverse=True)
         hidden = states == self.vocab_size
         t = 1 - (~hidden).to(batch.t).mean(-1)

@@ -1,13 +1,13 @@
-r"""Products of categoricals: ``L`` codes of ``C`` values each, ``C^L`` combinations at cost ``L C``.
+r"""Products of categoricals: ``L`` codes of ``C`` values, ``C^L`` combinations at cost ``L C``.
 
 .. math::
     p(c_1, \dots, c_L) = \prod_{l=1}^{L} \pi_l(c_l)
 
 ``CodeCategorical`` has integer values ``(L,)``; ``OneHotCodes`` writes the same codes as rows of
-zeros with a one, ``(L, C)``, so that a guide may hand gradients through them; and
+zeros with a one, ``(L, C)``, so that a guide may hand gradients through them;
 ``StraightThroughCodes`` is a guide that does: its draws are one-hot, their derivative is that of
-the relaxed draw :math:`\mathrm{softmax}((\log \pi + g) / \tau)` with Gumbel noise ``g`` (biased, of
-low variance).
+the relaxed draw :math:`\mathrm{softmax}((\log \pi + g) / \tau)` with Gumbel noise ``g`` (biased,
+of low variance).
 
 References:
     Jang et al. 2017 (arXiv 1611.01144) and Maddison et al. 2017 (arXiv 1611.00712).
@@ -70,7 +70,7 @@ class _Codes(TorchDistribution):
         return -(self.logits.exp() * self.logits).sum((-2, -1))
 
     @property
-    def has_enumerate_support(self) -> bool:  # type: ignore[override]
+    def has_enumerate_support(self) -> bool:
         """Whether all combinations are few enough to be summed over."""
         return bool(self.num_codes**self.num_factors <= MAX_SUPPORT)
 
@@ -156,7 +156,7 @@ class OneHotCodes(_Codes):
         return constraints.independent(constraints.one_hot, 1)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-probability of one-hot rows ``(..., L, C)``: linear in them, so it has a gradient."""
+        """Log-probability of one-hot rows ``(..., L, C)``, linear in them."""
         if self._validate_args:
             self._validate_sample(value)
         return (value * self.logits).sum((-2, -1))

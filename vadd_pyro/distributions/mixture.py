@@ -8,8 +8,9 @@ transform :math:`u_j = F(z_j \mid z_{<j})` of a draw is uniform whatever the par
 ``u`` held fixed (implicit reparameterisation, Figurnov et al. 2018, arXiv 1805.08498)
 
 .. math::
-    \frac{d z_j}{d \phi} = - \frac{1}{p(z_j \mid z_{<j})} \frac{d F(z_j \mid z_{<j}; \phi)}{d \phi},
-    \qquad F(z_j \mid z_{<j}) = \sum_k w_k(z_{<j}) \Phi\Big(\frac{z_j - m_{kj}}{s_{kj}}\Big),
+    \frac{d z_j}{d \phi} = - \frac{1}{p(z_j \mid z_{<j})}
+    \frac{d F(z_j \mid z_{<j}; \phi)}{d \phi}, \qquad
+    F(z_j \mid z_{<j}) = \sum_k w_k(z_{<j}) \Phi\Big(\frac{z_j - m_{kj}}{s_{kj}}\Big),
 
 with the weights ``w_k`` of the components given the coordinates before, through which gradients
 flow from coordinate to coordinate.

@@ -6,10 +6,10 @@ sphere,
 .. math::
     p(z) = (2 \pi)^{-d/2} e^{-|c|^2 / 2} \int_0^\infty r^{d-1} e^{r t - r^2 / 2}\, dr .
 
-Pyro writes the integral in closed form for ``d = 2, 3, 4``. Here it is taken over :math:`s = \log
-r`, where the integrand is smooth, has one peak at :math:`r_* = (t + \sqrt{t^2 + 4 d}) / 2` of width
-:math:`(r_*^2 + d)^{-1/2}` and falls off at least exponentially, so that the trapezoidal rule
-converges faster than any power of its step.
+Pyro writes the integral in closed form for ``d = 2, 3, 4``, which loses all digits for ``t`` well
+below zero. Here it is taken over :math:`s = \log r`, where the integrand is smooth, has one peak
+at :math:`r_* = (t + \sqrt{t^2 + 4 d}) / 2`, of width :math:`(r_*^2 + d)^{-1/2}`, and falls off
+at least exponentially, so that the trapezoidal rule converges faster than any power of its step.
 
 References:
     Hernandez-Stumpfhauser et al. 2017, "The General Projected Normal Distribution of Arbitrary

@@ -64,23 +64,37 @@ class TokenCategorical(TorchDistribution):
         logits: unnormalised log-probabilities, ``(..., D, K)``.
         target: positions that are scored, ``(..., D)`` bool, broadcast against ``logits``; None
             scores all.
+        row: where rows share their logits, the entry of dimension -3 that each of ``B`` rows has,
+            ``(B,)`` long; ``logits (..., U, D, K)`` then stand for ``(..., B, D, K)`` and the work
+            is done once for each of the ``U``.
     """
 
-    arg_constraints: ClassVar = {"logits": constraints.independent(constraints.real, 2)}
+    arg_constraints: ClassVar = {"_logits": constraints.independent(constraints.real, 2)}
     has_enumerate_support = False
 
     def __init__(
-        self, logits: Tensor, target: Tensor | None = None, validate_args: bool | None = None
+        self,
+        logits: Tensor,
+        target: Tensor | None = None,
+        row: Tensor | None = None,
+        validate_args: bool | None = None,
     ) -> None:
-        self.logits = logits
+        self._logits = logits
+        self.row = row
         self.target = target
-        super().__init__(logits.shape[:-2], logits.shape[-2:-1], validate_args=validate_args)
+        shape = logits.shape[:-2] if row is None else logits.shape[:-3] + row.shape
+        super().__init__(shape, logits.shape[-2:-1], validate_args=validate_args)
+
+    @property
+    def logits(self) -> Tensor:
+        """Unnormalised log-probabilities of every row, ``(..., D, K)``."""
+        return self._logits if self.row is None else self._logits.index_select(-3, self.row)
 
     @property
     def support(self) -> constraints.Constraint:
         """Integers ``0..K-1`` at every position."""
         return constraints.independent(
-            constraints.integer_interval(0, self.logits.shape[-1] - 1), 1
+            constraints.integer_interval(0, self._logits.shape[-1] - 1), 1
         )
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> TokenCategorical:
@@ -88,8 +102,12 @@ class TokenCategorical(TorchDistribution):
         shape = torch.Size(batch_shape)
         if shape == self.batch_shape:
             return self
+        if self.row is not None and shape[-1:] == self.row.shape:
+            logits = self._logits.expand(shape[:-1] + self._logits.shape[-3:])
+            return TokenCategorical(logits, self.target, self.row, validate_args=False)
+        logits = self.logits
         return TokenCategorical(
-            self.logits.expand(shape + self.logits.shape[-2:]), self.target, validate_args=False
+            logits.expand(shape + logits.shape[-2:]), self.target, validate_args=False
         )
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -99,6 +117,8 @@ class TokenCategorical(TorchDistribution):
         """
         if self._validate_args:
             self._validate_sample(value)
+        if self.row is not None and value.shape == self.row.shape + self.event_shape:
+            return self._shared_log_prob(value)
         if self.target is not None:
             value = value.masked_fill(~self.target, _IGNORED)
         logits = self.logits
@@ -115,11 +135,21 @@ class TokenCategorical(TorchDistribution):
         )
         return -loss.reshape(shape).sum(-1)
 
+    def _shared_log_prob(self, value: Tensor) -> Tensor:
+        """The same for rows ``(B, D)`` that share logits: normalised once, then picked."""
+        assert self.row is not None
+        length, vocab_size = self._logits.shape[-2:]
+        position = torch.arange(length, device=value.device)
+        entry = (self.row.unsqueeze(-1) * length + position) * vocab_size + value
+        log_p = self._logits.log_softmax(-1).flatten(-3).index_select(-1, entry.flatten())
+        log_p = log_p.unflatten(-1, value.shape)
+        return (log_p if self.target is None else log_p.masked_fill(~self.target, 0.0)).sum(-1)
+
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Tokens at every position, ``sample_shape + batch_shape + (D,)``."""
-        shape = torch.Size(sample_shape) + self.logits.shape
+        logits = self.logits
         with torch.no_grad():
-            return draw_categorical(self.logits.expand(shape))
+            return draw_categorical(logits.expand(torch.Size(sample_shape) + logits.shape))
 
 
 def token_logits(distribution: TorchBase) -> Tensor:

@@ -95,6 +95,7 @@ class MLPDecoder(nn.Module):
         self.latent_dim = latent_dim
         self.length = process.length
         self.vocab_size = process.vocab_size
+        self.time_conditioning = time_conditioning
         self.embedding = nn.Embedding(process.vocab_size + 1, embedding_dim)
         self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
         self.latent = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim else None
@@ -117,7 +118,8 @@ class MLPDecoder(nn.Module):
         if same_for_all_rows and self.time is None and len(x_t) > 1:
             # The latents of a support, laid out for all rows: equal rows share the work.
             states, row = x_t.unique(dim=0, return_inverse=True)
-            return self._logits(states, z, t).index_select(-3, row)
+            if len(states) < len(x_t):
+                return self._logits(states, z, t).index_select(-3, row)
         return self._logits(x_t, z, t)
 
     def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
@@ -133,8 +135,8 @@ class MLPFeatures(nn.Module):
     r"""Recognition features ``(B, F)`` of ``x_0`` and of which positions are visible, masked and
     targeted.
 
-    They must tell the mask, or what is built on them cannot know what the latent is needed for, and
-    collapses.
+    They must tell the mask, or what is built on them cannot know what the latent is needed for,
+    and collapses.
 
     Args:
         process: gives vocabulary size and length.
