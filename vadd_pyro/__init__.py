@@ -10,7 +10,8 @@ from vadd_pyro.annealing import CyclicalAnnealing, LinearAnnealing, StepAnnealin
 from vadd_pyro.chain import Chain, unroll
 from vadd_pyro.distributions import DiagonalNormal, TokenCategorical
 from vadd_pyro.elbo import MaskedDiffusionELBO
-from vadd_pyro.exact import exact_bound, exact_distribution
+from vadd_pyro.exact import exact_bound, exact_distribution, exact_distributions
+from vadd_pyro.grids import optimize_time_grid
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
 from vadd_pyro.monitor import LatentStatistics, latent_statistics
 from vadd_pyro.process import MaskedBatch, MaskingProcess
@@ -23,9 +24,11 @@ from vadd_pyro.schedules import (
     PolynomialSchedule,
     Schedule,
 )
+from vadd_pyro.tempering import Tempering, tempered
 from vadd_pyro.times import (
     AtomTimes,
     BalancedTimes,
+    FewStepTimes,
     GridTimes,
     TimeDistribution,
     UniformTimes,
@@ -43,6 +46,7 @@ __all__ = [
     "CosineSchedule",
     "CyclicalAnnealing",
     "DiagonalNormal",
+    "FewStepTimes",
     "FunctionSchedule",
     "GridTimes",
     "History",
@@ -57,6 +61,7 @@ __all__ = [
     "Program",
     "Schedule",
     "StepAnnealing",
+    "Tempering",
     "TimeDistribution",
     "TokenCategorical",
     "UniformTimes",
@@ -64,6 +69,7 @@ __all__ = [
     "data",
     "exact_bound",
     "exact_distribution",
+    "exact_distributions",
     "fit",
     "fit_guide",
     "guides",
@@ -72,6 +78,8 @@ __all__ = [
     "metrics",
     "models",
     "nn",
+    "optimize_time_grid",
     "sample",
+    "tempered",
     "unroll",
 ]

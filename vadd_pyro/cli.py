@@ -91,7 +91,6 @@ def _add_compare(commands: Any) -> None:
     add("--latent-dim", default=2, help="size of continuous latents", **number)
     add("--num-codes", default=64, help="codes of categorical latents", **number)
     add("--vocab-size", default=100, help="bins per axis of the toys", **number)
-    add("--num-samples", default=2**20, help="per histogram with a shared latent", **number)
     add("--num-held-out", default=1000, help="rows on which bounds are taken", **number)
     add("--checkpoint-every", default=250, help="updates between checkpoints", **number)
     add("--threads", help="threads of torch; by default its own choice", **number)
@@ -178,7 +177,6 @@ def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
             latent_dim=arguments.latent_dim,
             num_codes=arguments.num_codes,
             vocab_size=arguments.vocab_size,
-            num_samples=arguments.num_samples,
             num_held_out=arguments.num_held_out,
         )
     except ValueError as error:

@@ -1,15 +1,10 @@
 r"""The exact law of a T-step sampler on small spaces, by dynamic programming over masked states.
 
 Let :math:`P_i` be the law of the state before step ``i``. For every state with masked positions
-``M`` the joint law of its tokens,
-
-.. math::
-    J(x_M \mid x_t) = \int p(z \mid x_t, t) \prod_{j \in M} \mu_j(x_j \mid x_t, z, t)\, dz ,
-
-is marginalised to each subset ``S`` that the step may reveal, which it does with probability
-:math:`\rho^{|S|} (1 - \rho)^{|M \setminus S|}`, and carried on. Discrete latents are summed;
-continuous ones are integrated over scrambled Sobol points pushed through the inverse distribution
-function of their prior (Owen 1998), others over random draws.
+``M`` the joint law of its tokens (:mod:`vadd_pyro.integration`) is marginalised to each subset
+``S`` that the step may reveal, which it does with probability :math:`\rho^{|S|} (1 - \rho)^{|M
+\setminus S|}`, and carried on. With a shared latent the same is done for each ``z``, with products
+of single tokens' laws in place of joints, and averaged over ``z`` at the end.
 
 The same joints give the path-wise value :math:`\sum_i E_{x_{t_i}, S_i} \log p(x_{S_i} \mid
 x_{t_i})`, the limit of the T-step bound.
@@ -18,217 +13,22 @@ x_{t_i})`, the limit of the T-step bound.
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-import pyro
 import torch
-from pyro.distributions import Gamma, Independent, MixtureSameFamily, StudentT
-from scipy.special import gammaincinv, stdtrit
 from torch import Tensor
-from torch.quasirandom import SobolEngine
 
-from vadd_pyro.distributions import token_logits
-from vadd_pyro.process import MaskedBatch, MaskingProcess, make_time_grid
+from vadd_pyro.integration import Joints, agree
+from vadd_pyro.process import MaskingProcess, make_time_grid
 from vadd_pyro.programs import evaluation
-from vadd_pyro.recorder import Recorder, Site
 from vadd_pyro.sampling import device_of, seeded, start_state
-from vadd_pyro.sites import PARTICLES, data_plate, is_row_site
 
-__all__ = ["exact_bound", "exact_distribution"]
+__all__ = ["exact_bound", "exact_distribution", "exact_distributions"]
 
-_SOBOL_COLUMNS = 64
+_PAIRS = 2**19  # pairs of state and latent that the law under a shared latent is worth
 _LEAST_DRAWS = 256
-_CHUNK = 2**21  # elements of the widest tensor: small enough to stay near the processor
-
-
-class _Integrator(Recorder):
-    """Runs a program over many latents at once.
-
-    Supports of discrete sites, given points for continuous ones.
-    """
-
-    def __init__(self, points: Tensor) -> None:
-        super().__init__(enumerate_sites=lambda msg: True, first_dim=-3)
-        self.points = points
-        self.column = 0
-        self.logits: Tensor | None = None
-
-    def _process_message(self, msg: Any) -> None:
-        if msg["type"] == "sample" and msg["name"] == "x_0" and msg["value"] is None:
-            self.logits = token_logits(msg["fn"])
-            msg["value"] = self.logits[..., 0].long()
-            msg["done"] = True
-            return
-        super()._process_message(msg)
-        latent = msg["type"] == "sample" and hasattr(msg["fn"], "event_shape")
-        if latent and msg["value"] is None and not msg["done"]:
-            value = self._place(msg["fn"])
-            if value is not None:
-                msg["value"] = value
-                msg["done"] = True
-
-    def _place(self, fn: Any) -> Tensor | None:
-        """Points of the unit cube pushed through the inverse distribution function of ``fn``.
-
-        None if it has none.
-        """
-        needed = getattr(fn, "num_uniforms", None)
-        if needed is None:
-            needed = fn.event_shape.numel() + isinstance(fn, MixtureSameFamily)
-        if self.column + needed > self.points.shape[-1]:
-            return None
-        u = self.points[:, None, self.column : self.column + needed]
-        u = u.clamp(1e-7, 1 - 1e-7).to(torch.get_default_dtype())
-        try:
-            value = _inverse_cdf(fn, u)
-        except NotImplementedError:
-            return None
-        self.column += needed
-        return value.expand(fn.batch_shape + fn.event_shape)
-
-
-def _inverse_cdf(fn: Any, u: Tensor) -> Tensor:
-    """Quantiles of ``fn`` at ``u (Z, 1, coordinates)``, ``(..., Z, B) + event_shape``."""
-    if hasattr(fn, "transport"):
-        return fn.transport(u)
-    if isinstance(fn, MixtureSameFamily):
-        components = fn.component_distribution
-        cdf = fn.mixture_distribution.probs.cumsum(-1)
-        pick = (cdf <= u[..., :1] * cdf[..., -1:]).sum(-1, keepdim=True)
-        quantiles = _inverse_cdf(components, u[..., 1:].unsqueeze(-2))
-        event = len(fn.event_shape)
-        index = pick.reshape(pick.shape + (1,) * event)
-        index = index.expand(pick.shape + tuple(fn.event_shape))
-        quantiles = quantiles.expand(pick.shape[:-1] + quantiles.shape[-1 - event :])
-        return quantiles.gather(-1 - event, index).squeeze(-1 - event)
-    if isinstance(fn, Independent):
-        return _icdf(fn.base_dist, u.reshape(u.shape[:-1] + tuple(fn.event_shape)))
-    if len(fn.event_shape) == 0:
-        return _icdf(fn, u.squeeze(-1))
-    raise NotImplementedError
-
-
-def _icdf(fn: Any, u: Tensor) -> Tensor:
-    """Quantiles of a law of numbers; torch lacks some, which scipy has."""
-    if isinstance(fn, StudentT):
-        return fn.loc + fn.scale * _special(stdtrit, fn.df, u)
-    if isinstance(fn, Gamma):
-        return _special(gammaincinv, fn.concentration, u) / fn.rate
-    return fn.icdf(u)
-
-
-def _special(function: Callable[..., Any], parameter: Tensor, u: Tensor) -> Tensor:
-    """A function of scipy at a parameter and points, broadcast."""
-    values = function(parameter.detach().cpu().numpy(), u.cpu().numpy())
-    return torch.as_tensor(values).to(u)
-
-
-class _Joints:
-    """Joint laws of masked tokens, for all states with the same open positions at once.
-
-    Args:
-        model: a step program.
-        process: its forward process.
-        base: a row ``(D,)`` that holds the tokens which never change.
-        num_draws: points over which a continuous latent is integrated at a state; fewer where
-            there are many states.
-    """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        process: MaskingProcess,
-        base: Tensor,
-        num_draws: int,
-        seed: int,
-        args: tuple[Any, ...],
-    ) -> None:
-        self.model = model
-        self.process = process
-        self.base = base
-        self.args = args
-        self.num_draws = num_draws
-        self.seed = seed
-        self.continuous: bool | None = None  # whether there is a latent to integrate
-
-    def _points(self, num_states: int) -> Tensor:
-        if not self.continuous:
-            return self.base.new_zeros((1, 0), dtype=torch.double)
-        number = max(_LEAST_DRAWS, int(self.num_draws / num_states**0.5))
-        number = 2 ** max(0, (number - 1).bit_length())
-        engine = SobolEngine(_SOBOL_COLUMNS, scramble=True, seed=self.seed)
-        return engine.draw(number, dtype=torch.double).to(self.base.device)
-
-    def __call__(self, visible: list[int], masked: list[int], t: float) -> Tensor:
-        """The joint of every state, rows in lexicographic order.
-
-        ``(K ** len(visible), K ** len(masked))`` in double precision.
-        """
-        vocab, device = self.process.vocab_size, self.base.device
-        num_states = vocab ** len(visible)
-        x = self.base.repeat(num_states, 1)
-        x[:, masked] = self.process.mask_id
-        if visible:
-            grids = [torch.arange(vocab, device=device)] * len(visible)
-            x[:, visible] = torch.cartesian_prod(*grids).reshape(num_states, len(visible))
-        if self.continuous is None:
-            _, latents = self._run(x[:1], self.base.new_zeros((1, 0), dtype=torch.double), t)
-            self.continuous = any(site.enum_dim is None for site in latents)
-        points = self._points(num_states)
-        width = self.process.length * vocab + 256
-        z_chunk = max(1, min(len(points), _CHUNK // width))
-        x_chunk = max(1, _CHUNK // (width * z_chunk))
-        pieces: list[Tensor] = []
-        for rows in x.split(x_chunk):
-            total = torch.zeros((), dtype=torch.double, device=device)
-            for piece in points.split(z_chunk):
-                total = total + self._partial(rows, piece, masked, t)
-            pieces.append(total / len(points))
-        joint = torch.cat(pieces)
-        return joint / joint.sum(-1, keepdim=True)
-
-    def _run(self, x: Tensor, points: Tensor, t: float) -> tuple[Tensor, list[Site]]:
-        """Logits ``(..., D, K)`` of the states ``x (n, D)`` at latents placed at the points, and
-        the latent sites.
-        """
-        is_masked = x == self.process.mask_id
-        times = torch.full((len(x),), t, device=x.device)
-        batch = MaskedBatch(x, times, is_masked, is_masked)
-        with _Integrator(points) as run, pyro.plate(PARTICLES, len(points), dim=-2):
-            self.model(batch, *self.args)
-        if run.logits is None:
-            raise ValueError(f"the model has no site 'x_0'; it has {sorted(run.sites)}")
-        latents = [s for name, s in run.sites.items() if name != "x_0" and not s.observed]
-        plate = data_plate(run.sites["x_0"])
-        for site in latents:
-            if not is_row_site(site, plate, len(x)):
-                raise ValueError(
-                    f"the latent {site.name!r} stands outside the data plate: the sampler draws "
-                    "it once for all rows and steps, so that p_T is no law of one row; condition "
-                    "it"
-                )
-        return run.logits, latents
-
-    def _partial(self, x: Tensor, points: Tensor, masked: list[int], t: float) -> Tensor:
-        """Sum over the given points of the weighted products, ``(n, K ** m)``."""
-        logits, latents = self._run(x, points, t)
-        mu = torch.softmax(logits[..., masked, :].double(), -1)
-        log_weight = mu.new_zeros((1, 1))
-        for site in latents:
-            if site.enum_dim is not None:
-                log_weight = log_weight + site.log_prob()
-        shape = torch.broadcast_shapes(mu.shape[:-2], log_weight.shape, (len(points), len(x)))
-        mu = mu.expand(shape + mu.shape[-2:]).reshape(-1, *mu.shape[-3:])
-        weight = log_weight.exp().expand(shape).reshape(-1, len(x), 1)
-        mu = mu.transpose(0, 1)  # (n, Z, m, K)
-        half = (len(masked) + 1) // 2
-        left, right = weight.transpose(0, 1), mu.new_ones((*mu.shape[:2], 1))
-        for j in range(len(masked)):
-            side = left if j < half else right
-            side = (side.unsqueeze(-1) * mu[:, :, j].unsqueeze(-2)).flatten(-2)
-            left, right = (side, right) if j < half else (left, side)
-        return (left.transpose(1, 2) @ right).flatten(1)
+_CHUNK = 2**22  # doubles of a law under a shared latent that are held at once
 
 
 def _subsets(positions: list[int]) -> Iterator[list[int]]:
@@ -269,6 +69,7 @@ def exact_distribution(
     process: MaskingProcess,
     num_steps: int | None = None,
     *,
+    latent: str = "fresh",
     time_grid: Tensor | None = None,
     x_start: Tensor | None = None,
     t_start: float | None = None,
@@ -277,19 +78,22 @@ def exact_distribution(
     max_states: int = 2**20,
     args: tuple[Any, ...] = (),
 ) -> Tensor:
-    """The law ``p_T`` of the T-step sampler over all outcomes, with fresh latents.
+    """The law ``p_T`` of the T-step sampler over all outcomes.
 
     Args:
         model: a step program.
         process: its forward process.
         num_steps: ``T``, steps of equal length.
+        latent: ``"fresh"``, as the model defines, or ``"shared"``, as in :func:`vadd_pyro.sample`:
+            then no law that the bounds speak of.
         time_grid: a grid of your own, ``(T + 1,)``.
         x_start: one partly observed row ``(D,)`` to start from, as in :func:`vadd_pyro.sample`.
         t_start: time at which it enters; by default where ``alpha(t_start)`` is its observed
             share.
         num_draws: points per state over which continuous latents are integrated; divided by the
             root of the number of states that share a mask, and at least 256. Discrete latents are
-            summed and need none.
+            summed and need none. A shared latent takes as many as 2^19 pairs of state and point
+            allow, between 256 and ``num_draws``.
         seed: scrambling of the points.
         max_states: refuse larger spaces.
         args: further arguments of the program.
@@ -310,43 +114,174 @@ def exact_distribution(
         if len(rows) != 1:
             raise ValueError(f"x_start must be one row, got {len(rows)}")
         start, times = rows[0], grids[0]
+    joints = Joints(model, process, start, num_draws, seed, args)
+    return _laws(joints, [times], latent, max_states)[0]
+
+
+def exact_distributions(
+    model: Callable[..., Any],
+    process: MaskingProcess,
+    num_steps: Sequence[int] = (1, 2, 4, 8),
+    *,
+    latent: str = "fresh",
+    num_draws: int = 2**14,
+    seed: int = 0,
+    max_states: int = 2**20,
+    args: tuple[Any, ...] = (),
+) -> dict[int, Tensor]:
+    """:func:`exact_distribution` for several numbers of steps, which share their work.
+
+    Args:
+        num_steps: the numbers of steps; the other arguments are those of
+            :func:`exact_distribution`.
+
+    Returns:
+        The law ``(K,) * D`` for each number of steps.
+    """
+    device = device_of(model)
+    start = torch.full((process.length,), process.mask_id, device=device)
+    joints = Joints(model, process, start, num_draws, seed, args)
+    grids = [make_time_grid(steps).to(device) for steps in num_steps]
+    return dict(zip(num_steps, _laws(joints, grids, latent, max_states), strict=True))
+
+
+def _laws(joints: Joints, grids: list[Tensor], latent: str, max_states: int) -> list[Tensor]:
+    """The law of every grid, from the row that the joints start with."""
+    if latent not in ("fresh", "shared"):
+        raise ValueError(f"latent must be 'fresh' or 'shared', got {latent!r}")
+    process, start = joints.process, joints.base
     everything = (start == process.mask_id).nonzero().flatten().tolist()
-    _check_size(process, len(everything), len(grid) - 1, max_states)
-    joints = _Joints(model, process, start, num_draws, seed, args)
-    vocab = process.vocab_size
-    laws: dict[tuple[int, ...], Tensor] = {
-        tuple(everything): torch.ones((), dtype=torch.double, device=device)
-    }
-    with seeded(seed), evaluation(model):
-        for i in range(len(grid) - 1, 0, -1):
-            rho = float(process.schedule.rho(times[i - 1], times[i]))
+    _check_size(process, len(everything), max(len(grid) for grid in grids) - 1, max_states)
+    with seeded(joints.seed), evaluation(joints.model):
+        if latent == "fresh":
+            laws = [_Fresh(joints, everything).law(grid) for grid in grids]
+        else:
+            laws = _shared_laws(joints, grids, everything)
+    results = []
+    for law in laws:
+        result = torch.zeros(
+            (process.vocab_size,) * process.length, dtype=torch.double, device=start.device
+        )
+        whole = [slice(None) if j in everything else int(start[j]) for j in range(process.length)]
+        result[tuple(whole)] = law.reshape((process.vocab_size,) * len(everything))
+        results.append(result)
+    return results
+
+
+class _Fresh:
+    """The dynamic programme with a latent drawn anew at every step.
+
+    Args:
+        joints: joint laws of masked tokens.
+        everything: the open positions.
+    """
+
+    def __init__(self, joints: Joints, everything: list[int]) -> None:
+        self.joints = joints
+        self.everything = everything
+        self.vocab = joints.process.vocab_size
+
+    def law(self, times: Tensor) -> Tensor:
+        """The law of the open positions after all steps of a grid ``(T + 1,)``."""
+        schedule = self.joints.process.schedule
+        laws = {tuple(self.everything): self.first()}
+        for i in range(len(times) - 1, 0, -1):
+            rho = float(schedule.rho(times[i - 1], times[i]))
             following: dict[tuple[int, ...], Tensor] = {}
-
-            def add(
-                key: tuple[int, ...], value: Tensor, into: dict[tuple[int, ...], Tensor]
-            ) -> None:
-                into[key] = into[key] + value if key in into else value
-
             for key, law in laws.items():
                 masked = list(key)
-                if not masked:
-                    add((), law, following)
-                    continue
-                visible = _without(everything, masked)
-                joint = joints(visible, masked, float(times[i])) * law.reshape(-1, 1)
-                joint = joint.reshape((vocab,) * len(everything))
-                for revealed in _subsets(masked):
-                    kept = _without(masked, revealed)
+                for revealed, result in self.reveal(masked, law, float(times[i])):
+                    kept = tuple(_without(masked, revealed))
                     probability = rho ** len(revealed) * (1 - rho) ** len(kept)
                     if probability > 0:
-                        marginal = _marginals(joint, visible, masked, revealed)
-                        add(tuple(kept), marginal * probability, following)
+                        value = result() * probability
+                        following[kept] = following[kept] + value if kept in following else value
             laws = following
-    result = torch.zeros((vocab,) * process.length, dtype=torch.double, device=device)
-    result[
-        tuple(slice(None) if j in everything else int(start[j]) for j in range(process.length))
-    ] = laws[()]
-    return result
+        return laws[()]
+
+    def first(self) -> Tensor:
+        return torch.ones((), dtype=torch.double, device=self.joints.base.device)
+
+    def reveal(
+        self, masked: list[int], law: Tensor, t: float
+    ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
+        """For every set of positions that a step may reveal, the law of what is then visible."""
+        if not masked:
+            yield [], lambda: law
+            return
+        visible = _without(self.everything, masked)
+        joint = self.joints(visible, masked, t) * law.reshape(-1, 1)
+        joint = joint.reshape((self.vocab,) * len(self.everything))
+        for revealed in _subsets(masked):
+            yield revealed, lambda r=revealed: _marginals(joint, visible, masked, r)  # type: ignore[misc]
+
+
+class _Shared(_Fresh):
+    """The same for given latents ``(M, ...)``, kept through all steps: laws ``(M, K ** v)``."""
+
+    def __init__(
+        self, joints: Joints, everything: list[int], values: dict[str, Tensor], number: int
+    ) -> None:
+        super().__init__(joints, everything)
+        self.values = values
+        self.number = number
+        self._kept: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
+
+    def first(self) -> Tensor:
+        return super().first().expand(self.number, 1)
+
+    def _factors(self, visible: list[int], masked: list[int], t: float) -> Tensor:
+        x = self.joints.states(visible, masked)
+        few = {name: value[:8] for name, value in self.values.items()}
+        said = self.joints.probe(x, x.new_zeros((1, 0), dtype=torch.double), t, few)
+        key = tuple(masked)
+        if key not in self._kept or not agree(self._kept[key][0], said):
+            self._kept[key] = (said, self.joints.factors(x, masked, t, self.values))
+        return self._kept[key][1]
+
+    def reveal(
+        self, masked: list[int], law: Tensor, t: float
+    ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
+        if not masked:
+            yield [], lambda: law
+            return
+        visible = _without(self.everything, masked)
+        mu = self._factors(visible, masked, t)
+        for revealed in _subsets(masked):
+            yield revealed, lambda r=revealed: self._joined(law, mu, visible, masked, r)  # type: ignore[misc]
+
+    def _joined(
+        self, law: Tensor, mu: Tensor, visible: list[int], masked: list[int], revealed: list[int]
+    ) -> Tensor:
+        """``law (M, K ** v)`` times the laws of the revealed tokens, axes in order of position."""
+        for j in revealed:
+            extra = mu[:, :, masked.index(j)]  # (M, K ** v, K)
+            shape = law.shape[:2] + (1,) * (law.dim() - 2) + extra.shape[-1:]
+            law = law.unsqueeze(-1) * extra.reshape(shape)
+        order = visible + revealed
+        law = law.reshape(self.number, *(self.vocab,) * len(order))
+        axes = [1 + order.index(p) for p in sorted(order)]
+        return law.permute(0, *axes).reshape(self.number, -1)
+
+
+def _shared_laws(joints: Joints, grids: list[Tensor], everything: list[int]) -> list[Tensor]:
+    """Laws under a latent drawn once, at the state in which the chain starts."""
+    vocab, size = joints.process.vocab_size, len(everything)
+    several = max(len(grid) for grid in grids) > 2
+    num_states = (vocab + 1) ** size if several else 1
+    number = min(joints.num_draws, max(_LEAST_DRAWS, _PAIRS // num_states))
+    # All grids end at the same time, where the latent is drawn.
+    first = float(grids[0][-1])
+    values, weights = joints.latents(joints.base.unsqueeze(0), first, number)
+    results = [weights.new_zeros(vocab**size) for _ in grids]
+    chunk = max(1, _CHUNK // vocab**size)
+    for start in range(0, len(weights), chunk):
+        piece = slice(start, start + chunk)
+        held = {name: value[piece] for name, value in values.items()}
+        programme = _Shared(joints, everything, held, len(weights[piece]))
+        for index, grid in enumerate(grids):
+            results[index] += weights[piece] @ programme.law(grid)
+    return results
 
 
 def exact_bound(
@@ -376,7 +311,7 @@ def exact_bound(
     _check_size(process, process.length, len(grid) - 1, max_states)
     device = device_of(model)
     start = torch.full((process.length,), process.mask_id, device=device)
-    joints = _Joints(model, process, start, num_draws, seed, args)
+    joints = Joints(model, process, start, num_draws, seed, args)
     vocab, everything = process.vocab_size, list(range(process.length))
     result = torch.zeros((vocab,) * process.length, dtype=torch.double, device=device)
     with seeded(seed), evaluation(model):

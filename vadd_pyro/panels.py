@@ -166,20 +166,6 @@ def _against_steps(
         )
 
 
-def _draw_floor(ax: Axes, floor: float) -> None:
-    """The distance of true draws, as a line where it is near the others, else in words."""
-    low, _ = ax.get_ylim()
-    if ax.get_yscale() == "log" and floor < low / 2:
-        where: dict[str, Any] = {"xy": (0.03, 0.03), "xycoords": "axes fraction"}
-        text = f"as many draws of the data: {floor:.1g}"
-    else:
-        ax.axhline(floor, color="#888888", linewidth=0.9, linestyle=":")
-        where = {"xy": (0.03, floor), "xycoords": ax.get_yaxis_transform()}
-        text = "as many draws of the data"
-    offset: dict[str, Any] = {"xytext": (0, 2.5), "textcoords": "offset points"}
-    ax.annotate(text, **where, **offset, fontsize=7, color="#666666")
-
-
 def _dots(ax: Axes, series: Sequence[Series], key: Key) -> None:
     """One row per model: its seeds small, their mean large with the standard error."""
     shown: list[float] = []
@@ -227,7 +213,7 @@ def _caption(series: Sequence[Series]) -> str:
     return f"mean ± standard error of {seeds} seeds; small dots: single seeds"
 
 
-def compare_series(series: Sequence[Series], *, title: str, floor: float | None = None) -> Figure:
+def compare_series(series: Sequence[Series], *, title: str) -> Figure:
     """Models held against each other on one data set, the best at one step first.
 
     Above, distance to the data and gap of the bound over the number of steps; below, one row for
@@ -236,7 +222,6 @@ def compare_series(series: Sequence[Series], *, title: str, floor: float | None 
     Args:
         series: the models, in the order of their rank.
         title: heading.
-        floor: distance that a histogram of true draws has; drawn where the latent is shared.
     """
     from matplotlib.figure import Figure
 
@@ -266,8 +251,6 @@ def compare_series(series: Sequence[Series], *, title: str, floor: float | None 
         ax = fig.add_axes(box)
         _frame(ax, name)
         _against_steps(ax, series, steps, metric, latent)
-        if latent == "shared" and floor:
-            _draw_floor(ax, floor)
     names = 0.24
     wide = (right - names - 0.022 * (len(columns) - 1)) / max(1, len(columns))
     for i, (name, key) in enumerate(columns):

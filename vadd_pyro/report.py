@@ -210,7 +210,6 @@ def summary(results: Results) -> str:
     if not results:
         return "\n".join([*lines, "No cell is finished yet.", ""])
     lines += _KEY
-    settings = next(iter(results.values()))["settings"]
     for name, variants in gather(results).items():
         steps = _steps(variants)
         seeds = sorted({r["cell"]["seed"] for r in results.values() if r["cell"]["data"] == name})
@@ -219,13 +218,6 @@ def summary(results: Results) -> str:
             f"entropy {variants[0].mean(('entropy', None, None)):.4f} nats",
             f"{len(seeds)} seed{'s' if len(seeds) > 1 else ''}",
         ]
-        floors = [v.values.get(("jensen_shannon_floor", "shared", None)) for v in variants]
-        floor = next((f for f in floors if f), None)
-        if floor:
-            notes.append(
-                f"{settings['num_samples']:,} true draws, as many as with a shared latent, are at "
-                f"JS {floor[0]:.2g}"
-            )
         lines += [f"{'; '.join(notes)}.", ""]
 
         def rows(
@@ -301,10 +293,7 @@ def write_report(folder: str | Path, results: Results) -> str:
             panels.Series(names[v.names], styles[v.names], v.names[0] == "none", v.values)
             for v in variants
         ]
-        floors = [v.values.get(("jensen_shannon_floor", "shared", None)) for v in variants]
-        figure = panels.compare_series(
-            drawn, title=name, floor=next((f[0] for f in floors if f), None)
-        )
+        figure = panels.compare_series(drawn, title=name)
         path = folder / "figures" / f"{name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
         plotting.save_figure(figure, path)

@@ -263,6 +263,11 @@ def fit_guide(
     if not isinstance(model, nn.Module) or not isinstance(guide, nn.Module):
         raise TypeError("fit_guide needs torch modules, whose parameters it can tell apart")
     frozen = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    if {id(p) for p in frozen} & {id(p) for p in guide.parameters()}:
+        raise ValueError(
+            "model and guide share parameters, so that the guide cannot be trained with the model "
+            "held fixed: refit copy.deepcopy(guide) instead"
+        )
     for parameter in frozen:
         parameter.requires_grad_(False)
     try:

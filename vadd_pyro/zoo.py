@@ -22,10 +22,18 @@ from typing import Any, NamedTuple
 import torch
 
 from vadd_pyro import guides, models
-from vadd_pyro.elbo import LinearAnnealing, MaskedDiffusionELBO
+from vadd_pyro.annealing import CyclicalAnnealing, LinearAnnealing
+from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.nn import MLPDecoder, MLPEncoder, MLPFeatures, StateEncoder, StateFeatures
 from vadd_pyro.process import MaskedBatch, MaskingProcess
-from vadd_pyro.times import AtomTimes, BalancedTimes, GridTimes, TimeDistribution, UniformTimes
+from vadd_pyro.times import (
+    AtomTimes,
+    BalancedTimes,
+    FewStepTimes,
+    GridTimes,
+    TimeDistribution,
+    UniformTimes,
+)
 
 __all__ = [
     "GUIDES",
@@ -90,6 +98,7 @@ TIMES = {
     "atom": "a quarter at t = 1, rest balanced",
     "atom_uniform": "30 % at t = 1, rest uniform",
     "grid": "points of 1, 2, 4, 8 steps",
+    "few_step": "points of 1, 2, 4, ..., 64 steps",
 }
 _STEPS = (1, 2, 4, 8)
 
@@ -315,6 +324,7 @@ def _times(name: str) -> TimeDistribution:
         "atom": lambda: AtomTimes(0.25, BalancedTimes()),
         "atom_uniform": lambda: AtomTimes(0.3),
         "grid": lambda: GridTimes(_STEPS),
+        "few_step": FewStepTimes,
     }
     return makers[name]()
 
@@ -336,6 +346,15 @@ def objective(
         "kl_weight": LinearAnnealing(max(1, num_iterations // 3), start=0.001),
         "times": _times(times),
     }
-    if name == "chain":
-        return MaskedDiffusionELBO(process, "chain", **{**options, "times": GridTimes(_STEPS)})
-    return MaskedDiffusionELBO(process, **options)
+    several: dict[str, Any] = {"num_particles": 8, "importance_weighted": True}
+    particular: dict[str, dict[str, Any]] = {
+        "delbo": {},
+        "chain": {"objective": "chain", "times": GridTimes(_STEPS)},
+        "iwae": several,
+        "dreg": {**several, "doubly_reparameterized": True},
+        "renyi": {"num_particles": 8, "renyi_alpha": 0.5},
+        "free_bits": {"free_bits": 0.1},
+        "cyclical": {"kl_weight": CyclicalAnnealing(num_iterations, start=0.001)},
+        "no_annealing": {"kl_weight": 1.0},
+    }
+    return MaskedDiffusionELBO(process, **{**options, **particular[name]})

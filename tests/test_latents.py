@@ -1,0 +1,431 @@
+"""Laws of latents against mathematics: densities, gradients, transports, priors, guides."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import replace
+
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import all_rows
+from pyro.infer import MCMC, NUTS
+from pyro.infer.reparam import ProjectedNormalReparam
+from pyro.poutine import condition, reparam
+from torch.autograd import grad
+from torch.distributions import kl_divergence
+
+from vadd_pyro import (
+    MaskedDiffusionELBO,
+    MaskingProcess,
+    exact_distribution,
+    exact_distributions,
+    fit,
+    fit_guide,
+    guides,
+    metrics,
+    models,
+    sample,
+)
+from vadd_pyro.distributions import (
+    CodeCategorical,
+    DiagonalNormal,
+    NormalMixture,
+    OneHotCodes,
+    ProjectedNormal,
+    StraightThroughCodes,
+)
+from vadd_pyro.nn import MLPDecoder, MLPEncoder, MLPFeatures, StateFeatures
+
+PROCESS = MaskingProcess(3, 2)
+SIZES = dict(hidden_dim=16, num_layers=2, embedding_dim=4)
+BATCH = PROCESS.corrupt(all_rows(3, 2), 0.8)
+DOUBLE = replace(BATCH, t=BATCH.t.double())
+
+
+def grid(limit: float, number: int) -> tuple[torch.Tensor, float]:
+    """Points of the plane, ``(number ** 2, 2)``, and the area that each stands for."""
+    line = torch.linspace(-limit, limit, number, dtype=torch.double)
+    return torch.cartesian_prod(line, line), float(line[1] - line[0]) ** 2
+
+
+def state() -> StateFeatures:
+    return StateFeatures(PROCESS, **SIZES)
+
+
+PLANE = {
+    "standard": lambda: models.StandardNormal(2),
+    "learned given state": lambda: models.LearnedNormal(2, state()),
+    "mixture": lambda: models.MixtureOfNormals(2, 5),
+    "mixture given state": lambda: models.MixtureOfNormals(2, 5, context=state()),
+    "vamp": lambda: models.VampPrior(MLPEncoder(PROCESS, 2, **SIZES), 4),
+    "vamp given state": lambda: models.VampPrior(
+        MLPEncoder(PROCESS, 2, **SIZES), 4, conditional=True
+    ),
+    "flow": lambda: models.NormalizingFlow(2, hidden_dims=(16,)),
+    "flow given state": lambda: models.NormalizingFlow(2, state(), hidden_dims=(16,)),
+    "laplace": lambda: models.Laplace(2),
+    "student": lambda: models.StudentT(2, df=6.0),
+}
+
+
+def perturbed(prior: torch.nn.Module) -> torch.nn.Module:
+    """The prior in double precision, away from where it starts."""
+    prior = prior.double()
+    with torch.no_grad():
+        for p in prior.parameters():
+            p.add_(0.2 * torch.randn_like(p))
+    return prior
+
+
+@pytest.mark.parametrize("name", PLANE)
+def test_densities_of_the_plane_integrate_to_one_and_are_those_of_the_draws(name):
+    torch.set_default_dtype(torch.double)
+    try:
+        prior = perturbed(PLANE[name]())
+        points, area = grid(14.0, 301)
+        with torch.no_grad():
+            law = prior(DOUBLE[-3:]).expand((3,))
+            density = law.log_prob(points.unsqueeze(1)).exp()  # (points, rows)
+            assert (density.sum(0) * area - 1).abs().max() < (2e-2 if name == "student" else 6e-3)
+            draws = law.sample((4000,))
+        for test in (torch.cos, torch.tanh):
+            expected = (test(points).unsqueeze(1) * density.unsqueeze(-1)).sum(0) * area
+            values = test(draws)
+            error = values.std(0) / 4000**0.5
+            assert ((values.mean(0) - expected).abs() < 5 * error + 0.01).all()
+    finally:
+        torch.set_default_dtype(torch.float)
+
+
+@pytest.mark.parametrize("name", ["flow", "flow given state"])
+def test_flows_invert(name):
+    law = perturbed(PLANE[name]())(DOUBLE).expand((9,))
+    z = law.sample((50,)).double()
+    noise = law.flow.transform(z)
+    assert (law.flow.transform.inv(noise) - z).abs().max() < 1e-4
+    drawn = law.rsample((3,))
+    assert torch.allclose(law.log_prob(drawn), law.log_prob(drawn.clone()), atol=1e-4)
+
+
+@pytest.mark.parametrize("dim", [2, 3, 4, 5, 8])
+def test_directions_have_a_density_in_every_dimension(dim):
+    torch.manual_seed(dim)
+    c = torch.randn(6, dim, dtype=torch.double)
+    law = ProjectedNormal(c)
+    uniform = ProjectedNormal(torch.zeros(dim, dtype=torch.double))
+    area = 2 * math.pi ** (dim / 2) / math.gamma(dim / 2)
+    z = uniform.sample((40_000,))
+    assert uniform.log_prob(z[:5]) == pytest.approx(-math.log(area))
+    ratio = (law.log_prob(z.unsqueeze(1)) + math.log(area)).exp()  # its mean is one
+    assert ((ratio.mean(0) - 1).abs() < 5 * ratio.std(0) / 200).all()
+    if dim < 5:
+        assert torch.allclose(law.log_prob(z[:6]), dist.ProjectedNormal(c).log_prob(z[:6]))
+    # Far from the mode, where closed forms cancel, the density falls as it must.
+    far = ProjectedNormal(torch.tensor([40.0] + [0.0] * (dim - 1), dtype=torch.double))
+    away = -torch.eye(dim, dtype=torch.double)[0]
+    # Around r = 0 the integral is (d - 1)! / |t|^d up to (d + 1) d / (2 t^2).
+    near = math.lgamma(dim) - dim * math.log(40) - 800 - dim / 2 * math.log(2 * math.pi)
+    assert float(far.log_prob(away)) == pytest.approx(near, abs=dim * (dim + 1) / 1600)
+
+
+def test_gradients_of_mixture_draws_are_those_of_expectations():
+    torch.manual_seed(0)
+    logits = torch.tensor([0.3, -0.4, 0.1], dtype=torch.double, requires_grad=True)
+    loc = torch.randn(3, 2, dtype=torch.double, requires_grad=True)
+    scale = (0.5 + torch.rand(3, 2, dtype=torch.double)).requires_grad_()
+    parameters = (logits, loc, scale)
+
+    def test(z):
+        return torch.sin(z[..., 0] + 0.5 * z[..., 1]) + z[..., 0] * z[..., 1]
+
+    points, area = grid(9.0, 481)
+    density = NormalMixture(logits, loc, scale).log_prob(points).exp()
+    exact = grad((test(points) * density).sum() * area, parameters)
+    runs = []
+    for _ in range(60):
+        z = NormalMixture(logits, loc, scale).rsample((2000,))
+        runs.append(torch.cat([g.flatten() for g in grad(test(z).mean(), parameters)]))
+    runs = torch.stack(runs)
+    expected = torch.cat([g.flatten() for g in exact])
+    assert ((runs.mean(0) - expected).abs() < 4.5 * runs.std(0) / 60**0.5 + 1e-6).all()
+
+
+def test_mixtures_of_one_component_are_normals():
+    loc, scale = torch.randn(4, 3), torch.rand(4, 3) + 0.1
+    mixture = NormalMixture(torch.zeros(4, 1), loc.unsqueeze(-2), scale.unsqueeze(-2))
+    normal = DiagonalNormal(loc, scale)
+    z = normal.sample((7,))
+    assert torch.allclose(mixture.log_prob(z), normal.log_prob(z), atol=1e-5)
+    assert torch.allclose(mixture.mean, loc)
+    assert torch.allclose(mixture.variance, scale.square(), atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    "law",
+    [
+        DiagonalNormal(torch.tensor([1.0, -2.0]), torch.tensor([0.5, 2.0])),
+        NormalMixture(torch.tensor([0.0, 1.0]), torch.randn(2, 2), torch.rand(2, 2) + 0.2),
+        ProjectedNormal(torch.tensor([1.0, -0.5, 0.3])),
+        models.NormalizingFlow(2, hidden_dims=(16,))(BATCH),
+        CodeCategorical(torch.randn(2, 5)),
+        OneHotCodes(torch.randn(2, 5)),
+    ],
+    ids=lambda law: type(law).__name__,
+)
+def test_points_of_the_unit_cube_are_carried_to_the_law(law):
+    columns = getattr(law, "num_uniforms", law.event_shape.numel())
+    with torch.no_grad():
+        carried = law.transport(torch.rand(20_000, 1, columns)).squeeze(1).float()
+        drawn = law.sample((20_000,)).float()
+    for test in (lambda z: z, torch.square):
+        a, b = test(carried), test(drawn)
+        error = ((a.var(0) + b.var(0)) / 20_000).sqrt()
+        assert ((a.mean(0) - b.mean(0)).abs() < 5 * error + 1e-6).all()
+
+
+def test_codes_are_products_of_categoricals():
+    logits = torch.randn(4, 2, 3)
+    law, hot = CodeCategorical(logits), OneHotCodes(logits)
+    support = law.enumerate_support()
+    assert support.shape == (9, 4, 2)
+    log_p = law.log_prob(support)
+    assert torch.allclose(log_p.exp().sum(0), torch.ones(4))
+    assert torch.allclose(log_p, hot.log_prob(hot.enumerate_support()), atol=1e-5)
+    assert torch.allclose(
+        log_p, dist.Categorical(logits=logits).log_prob(support).sum(-1), atol=1e-5
+    )
+    other = CodeCategorical(torch.randn(4, 2, 3))
+    by_sum = (log_p.exp() * (log_p - other.log_prob(support))).sum(0)
+    assert torch.allclose(kl_divergence(law, other), by_sum, atol=1e-5)
+    assert torch.allclose(law.entropy(), -(log_p.exp() * log_p).sum(0), atol=1e-5)
+    assert not CodeCategorical(torch.zeros(7, 4)).has_enumerate_support  # 4^7 > 4096
+    with pytest.raises(NotImplementedError, match="16,384 combinations"):
+        CodeCategorical(torch.zeros(7, 4)).enumerate_support()
+
+
+def test_straight_through_draws_are_one_hot_with_the_right_law_and_a_gradient():
+    logits = torch.tensor([[0.2, -1.0, 0.7], [0.0, 0.0, 2.0]], requires_grad=True)
+    law = StraightThroughCodes(logits, temperature=0.7)
+    z = law.rsample((20_000,))
+    assert ((z == 0) | (z == 1)).all()
+    assert (z.sum(-1) == 1).all()
+    p = logits.softmax(-1)
+    assert ((z.mean(0) - p).abs() < 5 * (p * (1 - p) / 20_000).sqrt()).all()
+    (g,) = grad((z[..., 0] * torch.tensor([1.0, -1.0])).sum(-1).mean(), logits)
+    (g_exact,) = grad((p[:, 0] * torch.tensor([1.0, -1.0])).sum(), logits)
+    # Biased, but of the right sign and size.
+    assert torch.nn.functional.cosine_similarity(g.flatten(), g_exact.flatten(), 0) > 0.9
+
+
+# ------------------------------------------------------------------------------------ priors
+
+
+@pytest.mark.parametrize("conditional", [False, True])
+def test_the_vamp_prior_is_the_mixture_of_its_guide(conditional):
+    """With tokens as pseudo-inputs, it is the mean of the guide's densities at those rows."""
+    encoder = MLPEncoder(PROCESS, 2, **SIZES)
+    rows = torch.tensor([[0, 1], [2, 2], [1, 0]])
+    prior = models.VampPrior(encoder, pseudo_inputs=rows, conditional=conditional)
+    with torch.no_grad():
+        prior.logits.mul_(20.0)  # one-hot up to rounding
+    batch = BATCH if conditional else PROCESS.corrupt(all_rows(3, 2), 1.0)
+    z = torch.randn(9, 2)
+    terms = []
+    for row in rows:
+        x_0 = torch.where(batch.masked, row, batch.x_t)
+        loc, scale = encoder(type(batch)(batch.x_t, batch.t, batch.masked, batch.masked, x_0))
+        terms.append(DiagonalNormal(loc, scale).log_prob(z))
+    expected = torch.logsumexp(torch.stack(terms), 0) - math.log(3)
+    assert torch.allclose(prior(batch).log_prob(z), expected, atol=1e-4)
+
+
+def test_a_conditional_prior_starts_as_its_unconditional_one_and_reads_the_state_alone():
+    for make in (
+        lambda context: models.LearnedNormal(2, context),
+        lambda context: models.Laplace(2, context),
+        lambda context: models.StudentT(2, context=context),
+    ):
+        z = torch.randn(9, 2)
+        torch.manual_seed(1)
+        conditional = make(state())
+        assert torch.allclose(
+            conditional(BATCH).log_prob(z), make(None)(BATCH).log_prob(z), atol=1e-5
+        )
+        law = perturbed(copy.deepcopy(conditional)).float()(BATCH.without_data())
+        states = {tuple(row): i for i, row in enumerate(BATCH.x_t.tolist())}
+        value = law.log_prob(z[:1].expand(9, 2)).detach()
+        for row, i in zip(BATCH.x_t.tolist(), range(9), strict=True):
+            assert float(value[i]) == pytest.approx(float(value[states[tuple(row)]]))
+
+
+def test_a_wrong_context_or_feature_network_is_named():
+    with pytest.raises(TypeError, match="context must map a batch to features"):
+        models.LearnedNormal(2, context=lambda batch: batch.t)
+    with pytest.raises(TypeError, match="features must map a batch"):
+        guides.AmortizedFlow(lambda batch: batch.t, 2)
+    with pytest.raises(TypeError, match="encoder must have latent_dim and soft"):
+        models.VampPrior(MLPFeatures(PROCESS, **SIZES))
+    with pytest.raises(ValueError, match="at least two levels"):
+        models.Hierarchical((2,))
+    with pytest.raises(ValueError, match="df must be above 2"):
+        models.StudentT(2, df=1.0)
+
+
+def test_the_sphere_under_nuts_by_reparameterisation():
+    """The posterior of a direction seen through normal noise, against quadrature on the circle."""
+    data = torch.tensor([[0.9, 0.5], [0.4, 1.0]])
+
+    def model():
+        z = pyro.sample("z", ProjectedNormal(torch.zeros(2)))
+        pyro.sample("x", dist.Normal(z, 0.5).expand([2, 2]).to_event(2), obs=data)
+
+    program = reparam(model, config={"z": ProjectedNormalReparam()})
+    mcmc = MCMC(NUTS(program), num_samples=400, warmup_steps=100, disable_progbar=True)
+    mcmc.run()
+    x = mcmc.get_samples()["z_normal"]
+    angles = torch.atan2(x[:, 1], x[:, 0])
+    theta = torch.linspace(-math.pi, math.pi, 2001)[:-1]
+    z = torch.stack([theta.cos(), theta.sin()], -1)
+    log_p = dist.Normal(z.unsqueeze(1), 0.5).log_prob(data).sum((1, 2))
+    weight = log_p.softmax(0)
+    assert float(angles.mean()) == pytest.approx(float((weight * theta).sum()), abs=0.1)
+    spread = ((weight * theta.square()).sum() - (weight * theta).sum().square()).sqrt()
+    assert float(angles.std()) == pytest.approx(float(spread), rel=0.2)
+
+
+# ------------------------------------------------------------------------------------ guides
+
+
+def test_full_rank_guides_have_the_covariance_that_they_say():
+    features = MLPFeatures(PROCESS, **SIZES)
+    for guide in (
+        guides.AmortizedMultivariateNormal(features, 3),
+        guides.AmortizedLowRankNormal(features, 3, rank=2),
+    ):
+        draws = torch.stack([guide(BATCH) for _ in range(1000)])
+        covariance = torch.cov(draws[:, 0].T)
+        assert covariance.fill_diagonal_(0).abs().max() > 0.02  # correlated, unlike mean-field
+        if isinstance(guide, guides.AmortizedMultivariateNormal):
+            assert guide.rows.tolist() == [1, 2, 2]
+
+
+def test_semi_amortised_refinement_climbs_each_row_and_leaves_no_trace():
+    model = models.VADD(MLPDecoder(PROCESS, 2, **SIZES), models.StandardNormal(2))
+    with torch.no_grad():
+        model.decoder.latent.weight.mul_(4)
+        model.decoder.head.weight.mul_(4)
+    encoder = MLPEncoder(PROCESS, 2, **SIZES)
+    elbo = MaskedDiffusionELBO(PROCESS)
+    batch = PROCESS.corrupt(all_rows(3, 2), 1.0)
+    many = batch[torch.arange(9).repeat(200)]
+    values = []
+    for steps in (0, 3, 12):
+        guide = guides.SemiAmortizedNormal(encoder, model, elbo, num_steps=steps)
+        values.append(float(elbo.score(model, guide, many).rows.mean().detach()))
+    assert values[0] < values[1] < values[2]
+    refined = guides.SemiAmortizedNormal(encoder, model, elbo)
+    names = {name for name, _ in refined.named_parameters()}
+    assert names == {f"encoder.{name}" for name, _ in encoder.named_parameters()}
+    assert all(p.grad is None for p in model.parameters())
+
+
+def test_score_and_enumerated_gradients_agree_in_expectation():
+    prior = models.ProductOfCategoricals(3, 2, 2)
+    model = models.VADD(MLPDecoder(PROCESS, 2, **SIZES), prior)
+    features = MLPFeatures(PROCESS, **SIZES)
+    exact = guides.AmortizedCodes(features, 3, 2, "enumerate")
+    drawn = guides.AmortizedCodes(features, 3, 2, "score")
+    drawn.head = exact.head
+    batch = PROCESS.corrupt(all_rows(3, 2), 1.0)
+    parameters = list(exact.head.linear.parameters()) + list(model.parameters())
+
+    def gradient(guide):
+        loss = MaskedDiffusionELBO(PROCESS).differentiable_loss(model, guide, batch)
+        return torch.cat([g.flatten() for g in grad(loss, parameters)])
+
+    expected = gradient(exact)
+    runs = torch.stack([gradient(drawn) for _ in range(1500)])
+    deviation = (runs.mean(0) - expected) / (runs.std(0) / 1500**0.5 + 1e-7)
+    assert deviation.abs().max() < 5
+    assert deviation.square().mean() < 1.5
+
+
+def test_the_guide_of_a_vamp_prior_is_refitted_as_a_copy():
+    prior = models.VampPrior(MLPEncoder(PROCESS, 2, **SIZES), 3)
+    model = models.VADD(MLPDecoder(PROCESS, 2, **SIZES), prior)
+    guide = guides.for_prior(prior)
+    elbo = MaskedDiffusionELBO(PROCESS, "chain", num_steps=2)
+    rows = all_rows(3, 2)
+    with pytest.raises(ValueError, match=r"copy\.deepcopy"):
+        fit_guide(model, guide, elbo, rows, 2, batch_size=4, progress=False)
+    before = [p.detach().clone() for p in model.parameters()]
+    own = copy.deepcopy(guide)
+    fit_guide(model, own, elbo, rows, 2, batch_size=4, progress=False)
+    assert all((a == b).all() for a, b in zip(model.parameters(), before, strict=True))
+    assert any((a != b).any() for a, b in zip(own.parameters(), guide.parameters(), strict=True))
+
+
+# -------------------------------------------------------------------- the law of a shared latent
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: models.StandardNormal(2),
+        lambda: models.NormalizingFlow(2, state(), hidden_dims=(16,)),
+        lambda: models.Categorical(4, 2),
+        lambda: models.ProductOfCategoricals(3, 2, 2, state()),
+        lambda: models.Hierarchical((2, 2), state()),
+    ],
+    ids=["normal", "flow", "categorical", "product", "hierarchy"],
+)
+def test_the_exact_law_of_a_shared_latent_is_that_of_its_samples(make):
+    torch.manual_seed(3)
+    process = MaskingProcess(3, 3)
+    context = StateFeatures(process, **SIZES)
+    prior = make()
+    if getattr(prior, "context", None) is not None:
+        prior.context = context
+    model = models.VADD(MLPDecoder(process, prior.latent_dim, **SIZES), prior)
+    with torch.no_grad():
+        for p in model.decoder.parameters():
+            p.mul_(1.8)
+    laws = exact_distributions(model, process, (1, 3), latent="shared", num_draws=2**12)
+    fresh = exact_distributions(model, process, (1, 3), num_draws=2**12)
+    for num_steps, law in laws.items():
+        assert float(law.sum()) == pytest.approx(1)
+        drawn = metrics.histogram(
+            sample(model, process, 30_000, num_steps, latent="shared", seed=1), 3
+        )
+        assert ((drawn - law).abs() < 5 * (law / 30_000).sqrt() + 1e-3).all()
+        single = exact_distribution(model, process, num_steps, num_draws=2**12)
+        assert torch.allclose(single, fresh[num_steps])
+    assert torch.allclose(laws[1], fresh[1], atol=1e-3)
+    assert metrics.total_variation(laws[3], fresh[3]) > 1e-3
+
+
+def test_joints_are_kept_only_where_the_model_ignores_time():
+    process = MaskingProcess(3, 2)
+    torch.manual_seed(0)
+    decoder = MLPDecoder(process, 2, time_conditioning=True, **SIZES)
+    with torch.no_grad():
+        decoder.time.weight.mul_(8)
+    model = models.VADD(decoder, models.StandardNormal(2))
+    law = exact_distribution(model, process, 3, num_draws=2**12)
+    drawn = metrics.histogram(sample(model, process, 30_000, 3, seed=0), 3)
+    assert ((drawn - law).abs() < 5 * (law / 30_000).sqrt() + 1e-3).all()
+
+
+def test_conditioned_latents_of_a_trained_pair():
+    """Conditioning a latent leaves the tokens' law at that value."""
+    model = models.VADD(MLPDecoder(PROCESS, 2, **SIZES), models.MixtureOfNormals(2, 3))
+    guide = guides.for_prior(model.prior, MLPFeatures(PROCESS, **SIZES), "mixture")
+    fit(model, guide, MaskedDiffusionELBO(PROCESS), all_rows(3, 2), 5, progress=False)
+    z = torch.tensor([0.3, -1.0])
+    law = exact_distribution(condition(model, {"z": z}), PROCESS, 1)
+    x_t = torch.full((1, 2), 3)
+    mu = model.decoder(x_t, z.unsqueeze(0), torch.ones(1)).softmax(-1)[0].double()
+    assert torch.allclose(law, mu[0].unsqueeze(1) * mu[1], atol=1e-6)
