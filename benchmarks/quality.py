@@ -34,16 +34,18 @@ from vadd_pyro import (
 )
 from vadd_pyro.checkpoints import write_whole
 from vadd_pyro.data import TokenDistribution
-from vadd_pyro.demo import Pair, build, train
+from vadd_pyro.demo import train
 from vadd_pyro.nn import MLPDecoder
 from vadd_pyro.process import MaskingProcess
+from vadd_pyro.zoo import Pair, build
 
 STEPS = (1, 2, 4, 8)
 
 
 def normal(process: MaskingProcess) -> Pair:
     """The paper's prior."""
-    return build("standard_normal", process, latent_dim=2)._replace(num_iterations=6000)
+    pair = build("standard_normal", "auto", process, latent_dim=2, hidden_dim=256)
+    return pair._replace(num_iterations=6000)
 
 
 def longer_normal(process: MaskingProcess) -> Pair:

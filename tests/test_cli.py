@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from vadd_pyro import cells, cli, compare, demo, models, zoo
+from vadd_pyro import cli
 from vadd_pyro.data import TOYS
 
 ROOT = Path(__file__).parents[1]
@@ -30,7 +30,7 @@ def test_the_demo_prints_a_table_and_writes_results_and_a_figure(tmp_path):
     )
     assert result.returncode == 0, result.stderr
     assert "MDM (no latent)" in result.stdout
-    assert "VADD, 64 codes" in result.stdout
+    assert "VADD, codes" in result.stdout
     assert "20/20" in result.stderr  # progress
     results = json.loads((out / "results.json").read_text())
     assert results["seed"] == 3
@@ -46,7 +46,7 @@ def test_the_demo_prints_a_table_and_writes_results_and_a_figure(tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (["demo", "--priors", "none,normal"], "got 'none,normal'"),
+        (["demo", "--priors", "none,normal"], "unknown priors: 'normal'"),
         (["demo", "--data", "board"], "invalid choice: 'board'"),
         (["demo", "--num-iterations", "0"], "positive integer, got '0'"),
         (["compare", "--seeds", "0"], "positive integer, got '0'"),
@@ -72,38 +72,6 @@ def test_an_unwritable_folder_is_reported_before_training(tmp_path, capsys):
 
 def test_names_on_the_command_line_are_those_of_the_package():
     assert set(cli._TOYS) == set(TOYS)
-    assert set(cli._PRIORS) == set(demo.PRIORS)
-
-
-def test_the_experiment_lists_its_names(capsys):
-    assert cli.main(["compare", "--list"]) == 0
-    listed = capsys.readouterr().out
-    for names in (cells.DATA, zoo.PRIORS, zoo.GUIDES, zoo.OBJECTIVES, zoo.TIMES):
-        assert all(name in listed for name in names)
-
-
-def test_the_defaults_of_the_experiment_are_names_it_knows():
-    arguments = cli._parser().parse_args(["compare"])
-    grid = compare.grid(
-        arguments.data,
-        arguments.priors,
-        arguments.guides,
-        arguments.objectives,
-        arguments.times,
-        arguments.seeds,
-    )
-    assert len(grid) == 3 * 3 * 3
-    settings = vars(compare.Settings())
-    assert settings == {name: getattr(arguments, name) for name in settings}
-
-
-def test_every_prior_can_be_built():
-    process = TOYS["moons"](10).process()
-    for prior in demo.PRIORS:
-        pair = demo.build(prior, process)
-        assert isinstance(pair.model, models.MDM if prior == "none" else models.VADD)
-    with pytest.raises(ValueError, match="prior must be one of"):
-        demo.build("normal", process)
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "examples").glob("*.py")))

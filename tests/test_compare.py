@@ -6,6 +6,7 @@ import csv
 import fcntl
 import json
 import os
+import re
 import signal
 import statistics
 import subprocess
@@ -379,3 +380,25 @@ def test_time_left_is_that_of_the_same_model_or_the_mean_of_all():
     assert compare._time_left(left, results) == "about 2 h 1 min left"
     assert compare._time_left([replace(base, prior="vamp")], results) == "about 30 min left"
     assert compare._time_left(left, {}) == "time left unknown"
+
+
+def test_the_prior_of_the_readme_becomes_a_row_in_twenty_lines(tmp_path):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    _, code = re.findall(r"```python\n(.*?)```", readme, re.S)
+    assert len(code.strip().splitlines()) <= 20
+    (tmp_path / "mine.py").write_text(code)
+    lines = re.findall(r"^    vadd-pyro compare (.*)$", readme, re.M)
+    assert len(lines) == 2
+    for line in lines:
+        arguments = line.replace("standard_normal,flow,categorical", "standard_normal").split()
+        result = subprocess.run(
+            command(*arguments, *QUICK, "--seeds", 1),
+            cwd=tmp_path,
+            env=environment(),
+            capture_output=True,
+            text=True,
+        )
+        assert result.returncode == 0, result.stderr
+    summary = (tmp_path / "runs/zoo/summary.md").read_text()
+    for name in ("| N(0, I) ", "| skewed, Skewed "):
+        assert any(line.startswith(name) for line in summary.splitlines())

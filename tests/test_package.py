@@ -28,6 +28,7 @@ LAYERS = [
     {"sites", "data", "models", "guides"},
     {"annealing", "divergences", "estimators", "densities"},
     {"elbo", "orders", "sampling", "tempering"},
+    {"integration"},
     {"chain", "exact", "grids", "information", "likelihood", "monitor", "trainer"},
     {"training"},
     {"demo", "cells", "compare", "panels", "report", "zoo"},

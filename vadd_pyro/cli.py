@@ -10,7 +10,6 @@ from typing import Any
 
 __all__ = ["main"]
 
-_PRIORS = ("none", "standard_normal", "conditional_normal", "mixture_of_normals", "categorical")
 _TOYS = (
     "checkerboard",
     "circles",
@@ -33,16 +32,6 @@ def _seed(text: str) -> int:
     if not text.isdecimal() or int(text) >= 2**32 - 10_000:
         raise argparse.ArgumentTypeError(f"expected an integer from 0 on, got {text!r}")
     return int(text)
-
-
-def _priors(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    unknown = [name for name in names if name not in _PRIORS]
-    if unknown or not names:
-        raise argparse.ArgumentTypeError(
-            f"expected names from {', '.join(_PRIORS)}, separated by commas, got {text!r}"
-        )
-    return list(dict.fromkeys(names))
 
 
 def _rate(text: str) -> float:
@@ -117,10 +106,10 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", choices=_TOYS, default="checkerboard", help="toy density")
     demo.add_argument(
         "--priors",
-        type=_priors,
+        type=_names,
         default="none,standard_normal,categorical",
         metavar="NAME[,NAME...]",
-        help=f"latent priors to compare, from {', '.join(_PRIORS)}",
+        help="latent priors to compare; 'vadd-pyro compare --list' lists them",
     )
     demo.add_argument(
         "--num-iterations",
@@ -136,9 +125,15 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(arguments: argparse.Namespace) -> int:
+def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    from vadd_pyro import zoo
     from vadd_pyro.demo import run_demo
 
+    try:
+        for prior in arguments.priors:
+            zoo.check("priors", prior)
+    except ValueError as error:
+        parser.error(str(error))
     run_demo(
         arguments.data,
         arguments.priors,
@@ -201,7 +196,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "compare":
             return _compare(arguments, parser)
-        return _demo(arguments)
+        return _demo(arguments, parser)
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"vadd-pyro: {error}", file=sys.stderr)
         return 1

@@ -11,82 +11,37 @@ import platform
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 import vadd_pyro
-from vadd_pyro import data, guides, metrics, models, plotting
+from vadd_pyro import data, metrics, plotting, zoo
 from vadd_pyro.checkpoints import check_writable, write_whole
 from vadd_pyro.data import ToyDensity
 from vadd_pyro.elbo import LinearAnnealing, MaskedDiffusionELBO
 from vadd_pyro.exact import exact_distribution
 from vadd_pyro.likelihood import log_likelihood_bound
-from vadd_pyro.nn import MLPDecoder, MLPEncoder, StateEncoder
 from vadd_pyro.process import MaskingProcess
 from vadd_pyro.times import BalancedTimes, GridTimes, TimeDistribution
 from vadd_pyro.training import fit, fit_guide
 
-__all__ = ["PRIORS", "Pair", "build", "run_demo", "train"]
+__all__ = ["label", "run_demo", "train"]
 
 STEPS = (1, 2, 4, 8)
-PRIORS = {
-    "none": "MDM (no latent)",
-    "standard_normal": "VADD, N(0, I)",
-    "conditional_normal": "VADD, N(x_t)",
-    "mixture_of_normals": "VADD, mixture",
-    "categorical": "VADD, 64 codes",
-}
-_ITERATIONS = {"none": 2000, "categorical": 1500}
-_NORMAL_ITERATIONS = 4000
+_WIDTH = {"categorical": 128}  # every code runs through the decoder
+_WIDEST = 256
 
 
-class Pair(NamedTuple):
-    """A model, its guide, and the number of updates that it wants."""
-
-    model: Any
-    guide: Any
-    num_iterations: int
-
-
-def build(
-    prior: str,
-    process: MaskingProcess,
-    *,
-    latent_dim: int = 2,
-    num_codes: int = 64,
-) -> Pair:
-    """A model with one of the ready priors, with a matching guide.
-
-    Args:
-        prior: a key of :data:`PRIORS`.
-        process: gives vocabulary size and length.
-        latent_dim: size of a continuous latent.
-        num_codes: number of codes of the categorical prior.
-    """
-    if prior not in PRIORS:
-        raise ValueError(f"prior must be one of {', '.join(PRIORS)}, got {prior!r}")
-    if prior == "none":
-        return Pair(models.MDM(MLPDecoder(process)), guides.NoLatent(), _ITERATIONS[prior])
-    if prior == "categorical":
-        codes = models.Categorical(num_codes, latent_dim=8)
-        decoder = MLPDecoder(process, 8, hidden_dim=128, num_layers=2)
-        return Pair(models.VADD(decoder, codes), guides.NoLatent(), _ITERATIONS[prior])
-    law: Any
-    if prior == "standard_normal":
-        law = models.StandardNormal(latent_dim)
-    elif prior == "conditional_normal":
-        law = models.ConditionalNormal(StateEncoder(process, latent_dim))
-    else:
-        law = models.MixtureOfNormals(latent_dim, num_components=32)
-    model = models.VADD(MLPDecoder(process, latent_dim), law)
-    guide = guides.AmortizedNormal(MLPEncoder(process, latent_dim))
-    return Pair(model, guide, _NORMAL_ITERATIONS)
+def label(prior: str) -> str:
+    """How tables call a model with that prior."""
+    name = zoo.PRIORS.get(prior, prior)
+    return name if prior == "none" else f"VADD, {name}"
 
 
 def train(
-    pair: Pair,
+    pair: zoo.Pair,
     process: MaskingProcess,
     x_0: Tensor,
     num_iterations: int | None = None,
@@ -136,7 +91,9 @@ def run_demo(
     Arguments as on the command line; returns what ``results.json`` holds.
     """
     if not priors:
-        raise ValueError("priors is empty: expected at least one of " + ", ".join(PRIORS))
+        raise ValueError("priors is empty: expected at least one of " + ", ".join(zoo.PRIORS))
+    for prior in priors:
+        zoo.check("priors", prior)
     if num_iterations is not None and num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
     folder = Path(out)
@@ -151,11 +108,18 @@ def run_demo(
     pairs = []
     for prior in priors:
         torch.manual_seed(seed)
-        pairs.append(build(prior, process))
+        width = _WIDTH.get(prior, _WIDEST)
+        pairs.append(zoo.build(prior, "auto", process, hidden_dim=width))
     for prior, pair in zip(priors, pairs, strict=True):
-        label = PRIORS[prior]
+        called = label(prior)
         seconds = train(
-            pair, process, x_0, num_iterations, seed=seed, progress=progress, description=label
+            pair,
+            process,
+            x_0,
+            num_iterations,
+            seed=seed,
+            progress=progress,
+            description=called,
         )
         if any(True for _ in pair.guide.parameters()):
             # The DELBO has shown the guide nothing but complete targets; the bound needs the
@@ -168,20 +132,20 @@ def run_demo(
                 num_iterations=max(1, (num_iterations or pair.num_iterations) // 5),
                 seed=seed,
                 progress=progress,
-                description=f"{label}, guide",
+                description=f"{called}, guide",
             )
-        laws[label] = {}
+        laws[called] = {}
         for num_steps in STEPS:
             law = exact_distribution(pair.model, process, num_steps, num_draws=2**12)
             bound = log_likelihood_bound(
                 pair.model, pair.guide, process, held_out, num_steps, num_draws=2, seed=seed
             )
             value, stderr = bound.mean()
-            laws[label][num_steps] = law
+            laws[called][num_steps] = law
             rows.append(
                 {
                     "prior": prior,
-                    "model": label,
+                    "model": called,
                     "num_steps": num_steps,
                     "total_variation": metrics.total_variation(law, truth),
                     "jensen_shannon": metrics.jensen_shannon(law, truth),
@@ -196,7 +160,7 @@ def run_demo(
         "num_iterations": num_iterations,
         "entropy": density.entropy,
         "num_parameters": {
-            PRIORS[prior]: sum(p.numel() for p in pair.model.parameters())
+            label(prior): sum(p.numel() for p in pair.model.parameters())
             for prior, pair in zip(priors, pairs, strict=True)
         },
         "versions": {
@@ -209,8 +173,8 @@ def run_demo(
     text = json.dumps(results, indent=1) + "\n"
     write_whole(folder / "results.json", lambda file: file.write(text.encode()))
     scores = {
-        label: {row["num_steps"]: row["jensen_shannon"] for row in rows if row["model"] == label}
-        for label in laws
+        model: {row["num_steps"]: row["jensen_shannon"] for row in rows if row["model"] == model}
+        for model in laws
     }
     figure = plotting.compare_steps(
         truth,

@@ -168,7 +168,11 @@ def labels(results: Results) -> dict[tuple[str, ...], str]:
         unique = sum(c.rpartition(":")[2] == short for c in {n[i] for n in configurations}) == 1
         return words[i].get(name, short if unique else name)
 
-    return {names: ", ".join(word(i, names[i]) for i in varying) for names in configurations}
+    return {
+        # "auto" says nothing: the guide that goes with the prior.
+        names: ", ".join(word(i, names[i]) for i in varying if names[i] != "auto" or i == 0)
+        for names in configurations
+    }
 
 
 def _number(values: Sequence[float] | None, digits: int) -> str:
@@ -195,11 +199,12 @@ def _steps(variants: Sequence[Variant]) -> list[int]:
 
 
 _KEY = """\
-Mean ± standard error over seeds, the best at one step first. JS and TV: Jensen-Shannon (nats) and
-total variation distance of the sampler's law to the data's; exact with fresh latents, from a
-histogram with a shared one. Gap: minus the T-step bound less the entropy of the data (nats), on
-held-out rows. KL: nats per row at the end of training, weighted as in the objective; none where
-the latent is summed out. KL at start, active units and mutual information between row and latent
+Mean ± standard error over seeds, the best at one step first. JS and TV: Jensen-Shannon (nats)
+and total variation distance of the sampler's exact law to the data's; KL: of the data from the
+sampler. Fresh: a latent at every step, as the model defines; shared: one for all steps. Gap:
+minus the T-step bound less the entropy of the data (nats), on held-out rows. KL to the prior: of
+the guide, nats per row at the end of training, weighted as in the objective; none where the
+latent is summed out. KL at start, active units and mutual information between row and latent
 (nats): with everything masked, where every sample starts.""".splitlines()
 
 
@@ -238,11 +243,16 @@ def summary(results: Results) -> str:
             *[(f"JS, {_of(n)}", ("jensen_shannon", "fresh", n), 4) for n in steps],
             *[(f"TV, {_of(n)}", ("total_variation", "fresh", n), 3) for n in steps[:1]],
             *[(f"on support, {_of(n)}", ("accuracy", "fresh", n), 3) for n in steps[:1]],
-            *[(f"JS shared, {_of(n)}", ("jensen_shannon", "shared", n), 4) for n in steps[-1:]],
+        ]
+        shared: list[tuple[str, Key, int]] = [
+            (f"{title} {latent}, {_of(n)}", (metric, latent, n), 4)
+            for metric, title in (("jensen_shannon", "JS"), ("kl_divergence", "KL"))
+            for n in steps[1:]
+            for latent in ("fresh", "shared")
         ]
         bounds: list[tuple[str, Key, int]] = [
             *[(f"gap, {_of(n)}", ("gap", "fresh", n), 3) for n in steps],
-            ("KL", ("kl", None, None), 2),
+            ("KL to the prior", ("kl", None, None), 2),
             ("KL at start", ("kl_at_start", None, None), 2),
             ("active units", ("active_units", None, None), 1),
             ("information", ("mutual_information", None, None), 2),
@@ -251,6 +261,9 @@ def summary(results: Results) -> str:
             ("training, s", ("train_seconds", None, None), 0),
         ]
         lines += [*rows(distances), "", *rows(bounds)]
+        latent = [v for v in variants if ("jensen_shannon", "shared", steps[-1]) in v.values]
+        if latent and len(steps) > 1:
+            lines += ["", *rows(shared, latent)]
     failed = [result for result in results.values() if "error" in result]
     if failed:
         lines += ["", "## Failed", ""]
