@@ -7,6 +7,7 @@ from vadd_pyro import (
     AtomTimes,
     BalancedTimes,
     CosineSchedule,
+    FewStepTimes,
     GridTimes,
     MaskedDiffusionELBO,
     MaskingProcess,
@@ -106,3 +107,18 @@ def test_grid_times():
         GridTimes([])
     with pytest.raises(ValueError, match="at least 1, got 0"):
         GridTimes([2, 0])
+
+
+def test_few_step_times_are_the_states_of_samplers_of_powers_of_two():
+    process = MaskingProcess(2, 5)
+    t, weight, s, _ = FewStepTimes(64).draw(process, 70_000, CPU)
+    assert float((t == 1).double().mean()) == pytest.approx(
+        sum(2.0**-k for k in range(7)) / 7, abs=0.01
+    )
+    # The DELBO counts a row T rho(s, t) = 1 / t, as at uniform times, with linear masking.
+    assert torch.allclose(weight * process.schedule.rho(s, t), 1 / t)
+    elbo = MaskedDiffusionELBO(process, times=FewStepTimes(8))
+    batch = elbo.draw(torch.zeros((64, 5), dtype=torch.long))
+    assert (batch.target == batch.masked).all()
+    with pytest.raises(ValueError, match="power of two, got 6"):
+        FewStepTimes(6)
