@@ -23,6 +23,7 @@ import pyro.distributions as dist
 from torch import Tensor, nn
 
 from vadd_pyro.distributions import CodeCategorical, StraightThroughCodes
+from vadd_pyro.distributions.codes import MAX_SUPPORT
 from vadd_pyro.guides.features import Features, Head
 from vadd_pyro.process import MaskedBatch, check_size
 from vadd_pyro.programs import Program
@@ -108,6 +109,11 @@ class AmortizedCodes(_CodeGuide):
         _check_estimator(estimator, ("enumerate", "score", "straight_through"))
         if not temperature > 0:
             raise ValueError(f"temperature must be positive, got {temperature!r}")
+        if estimator == "enumerate" and num_codes**num_factors > MAX_SUPPORT:
+            raise ValueError(
+                f"estimator 'enumerate' takes up to {MAX_SUPPORT:,} combinations, got "
+                f"{num_codes}^{num_factors} = {num_codes**num_factors:,}: use 'score'"
+            )
         super().__init__(features, num_factors * num_codes, estimator)
         self.shape = (num_factors, num_codes)
         self.temperature = float(temperature)

@@ -49,6 +49,8 @@ class AmortizedFlow(Program):
         super().__init__()
         check_size("latent_dim", latent_dim)
         check_size("num_transforms", num_transforms)
+        check_size("context_dim", context_dim)
+        check_size("bins", bins, least=2)
         self.head = Head(features, context_dim)
         self.flow = zuko.flows.NSF(
             latent_dim,

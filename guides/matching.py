@@ -70,11 +70,19 @@ def latent_sites(prior: Callable[[MaskedBatch], Any], length: int, vocab_size: i
     return [site for site in recorder.sites.values() if not site.observed]
 
 
+def _own_encoder(prior: Any) -> Any:
+    """The recognition network that a VampPrior shares with its guide; None for other priors."""
+    encoder = getattr(prior, "encoder", None)
+    return encoder if hasattr(encoder, "soft") else None
+
+
 def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
     if not sites:
         return ("none",)
-    if getattr(prior, "encoder", None) is not None:
+    if _own_encoder(prior) is not None:
         return ("mean_field",)
+    if any(frame.name != "data" for site in sites for frame in site.frames):
+        return ()  # a plate of the prior's own: its guide needs the same
     if len(sites) == 1:
         (site,) = sites
         law = site.fn
@@ -86,13 +94,22 @@ def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
         if getattr(law, "has_enumerate_support", False):
             one_code = hasattr(law, "logits") and law.event_shape == () and site.name == "z"
             return ("none", "enumerate", "score") if one_code else ("none",)
-        if law.support is constraints.sphere:
+        try:
+            support = law.support
+        except NotImplementedError:  # the law does not tell
+            return ()
+        if support is constraints.sphere:
             return ("spherical",) if site.name == "z" else ()
         if _is_real(law) and len(law.event_shape) == 1 and site.name == "z":
             return _REAL
-    if any(getattr(site.fn, "has_enumerate_support", False) for site in sites):
+    discrete = [bool(getattr(site.fn, "has_enumerate_support", False)) for site in sites]
+    if all(discrete):
+        return ("none",)
+    try:
+        known = all(biject_to(site.fn.support) for site in sites if not any(discrete))
+    except NotImplementedError:
         return ()
-    return ("hierarchical", "bottom_up")
+    return () if any(discrete) or not known else ("hierarchical", "bottom_up")
 
 
 def _is_real(law: Any) -> bool:
@@ -148,8 +165,14 @@ def for_prior(
         ValueError: for a family that does not fit, naming the prior's sites and the families that
             do.
     """
-    own = getattr(prior, "encoder", None)
-    encoder = own if encoder is None else encoder
+    own = _own_encoder(prior)
+    if own is not None:
+        if encoder not in (None, own, _features(own)) or options:
+            raise ValueError(
+                "a VampPrior goes with the encoder that it holds and no further options, got "
+                f"encoder={encoder!r} and {options or 'no options'}"
+            )
+        encoder = own
     features = _features(encoder)
     if not (hasattr(features, "length") and hasattr(features, "vocab_size")):
         raise TypeError(

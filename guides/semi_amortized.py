@@ -14,6 +14,7 @@ References:
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -57,6 +58,11 @@ class SemiAmortizedNormal(Program):
         check_size("num_steps", num_steps, least=0)
         if not hasattr(elbo, "score"):
             raise TypeError(f"elbo must be a MaskedDiffusionELBO, got {elbo!r}")
+        if getattr(elbo, "num_particles", 1) > 1:
+            raise ValueError(
+                "elbo must have one particle, for the steps of the guide, got num_particles = "
+                f"{elbo.num_particles}; the elbo that trains may have more"
+            )
         if not step_size > 0:
             raise ValueError(f"step_size must be positive, got {step_size!r}")
         self.encoder = encoder
@@ -65,6 +71,14 @@ class SemiAmortizedNormal(Program):
         self.elbo = elbo
         # Kept from torch's eyes: the model's parameters are not the guide's.
         self.__dict__["model"] = model
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SemiAmortizedNormal:
+        """A guide of its own for the same model; copied together with it, for the copy."""
+        model, elbo = self.__dict__["model"], self.elbo
+        model, elbo = memo.get(id(model), model), memo.get(id(elbo), elbo)
+        encoder = copy.deepcopy(self.encoder, memo)
+        twin = SemiAmortizedNormal(encoder, model, elbo, self.num_steps, self.step_size)
+        return twin.train(self.training)
 
     def refined(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
         """``(z_loc, z_scale)`` after the steps, each ``(B, d)``."""

@@ -18,6 +18,7 @@ import pyro
 from torch import Tensor
 
 from vadd_pyro.distributions import TokenCategorical
+from vadd_pyro.nn import MLPDecoder
 from vadd_pyro.process import MaskedBatch
 from vadd_pyro.programs import Program, check_callable
 
@@ -62,8 +63,9 @@ class VADD(Program):
 
     def _tokens(self, batch: MaskedBatch, z: Tensor) -> TokenCategorical:
         """The law of the tokens; where a support is laid out for all rows, equal rows share it."""
-        same_for_all_rows = z.dim() > 2 and z.shape[-2] == 1 and len(batch) > 1
-        if same_for_all_rows and not getattr(self.decoder, "time_conditioning", True):
+        # Only for decoders known to treat dimension -2 as that of rows, and to ignore the time.
+        shares = isinstance(self.decoder, MLPDecoder) and not self.decoder.time_conditioning
+        if shares and z.dim() > 2 and z.shape[-2] == 1 and len(batch) > 1:
             states, row = batch.x_t.unique(dim=0, return_inverse=True)
             logits = self.decoder(states, z, batch.t[: len(states)])
             if logits.dim() > 3:

@@ -23,7 +23,7 @@ from vadd_pyro import (
     latent_statistics,
 )
 from vadd_pyro.checkpoints import load_checkpoint
-from vadd_pyro.distributions import CodeCategorical
+from vadd_pyro.distributions import CodeCategorical, ProjectedNormal
 from vadd_pyro.information import _pairs, _pairs_by_runs
 from vadd_pyro.monitor import Monitor
 from vadd_pyro.recorder import Recorder, run
@@ -124,6 +124,45 @@ def test_the_share_of_rows_at_the_prior(closed):
     assert found.share_at_prior == pytest.approx(1 - shares_of_first_token()[1])
     expected = 2.0 * shares_of_first_token()[1]
     assert found.kl == pytest.approx(expected, abs=1e-5 if closed else 0.2)
+
+
+def test_rows_are_at_the_prior_by_dimension():
+    """0.015 nats are little for two dimensions, though not for one."""
+    shift = math.sqrt(2 * 0.015)
+    for size, share in ((1, 0.0), (2, 1.0)):
+        guide = normal_guide(
+            lambda x, n=size: shift * torch.eye(n)[0].expand(len(x), n), [1.0] * size
+        )
+        found = latent_statistics(blind(standard(size)), guide, masked(), ELBO)
+        assert found.kl == pytest.approx(0.015, abs=1e-5)
+        assert found.share_at_prior == share
+
+
+def test_directions_that_say_nothing_are_not_active():
+    def prior():
+        return pyro.sample("z", ProjectedNormal(torch.zeros(2)))
+
+    for concentration, active in ((1e-4, 0), (20.0, 2)):
+
+        def guide(batch, c=concentration):
+            angle = 2.0 * batch.x_0[:, 0]
+            with pyro.plate("data", len(batch), dim=-1):
+                law = ProjectedNormal(c * torch.stack([angle.cos(), angle.sin()], -1))
+                pyro.sample("z", law)
+
+        found = latent_statistics(blind(prior), guide, masked(), ELBO)
+        assert (found.active_units, found.num_units) == (active, 2)
+
+
+def test_codes_hardly_used_are_not_active():
+    def guide(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            law = dist.Categorical(torch.tensor([0.5, 0.49, 0.01]).expand(len(batch), 3))
+            pyro.sample("z", law, infer={"enumerate": "parallel"})
+
+    model = blind(lambda: pyro.sample("z", dist.Categorical(torch.ones(3))))
+    found = latent_statistics(model, guide, masked(), ELBO)
+    assert (found.active_units, found.num_units) == (2, 3)  # 0.01 < 1 / 30
 
 
 # ------------------------------------------------------------ mutual information

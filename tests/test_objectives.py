@@ -458,6 +458,40 @@ def test_free_bits_leave_a_large_kl_alone(options):
         assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
+def test_free_bits_compare_the_weighted_mean_over_rows():
+    """Each row has a KL and a weight of its own; one dimension is below in the mean, one above."""
+    shift = torch.linspace(-2.0, 2.0, 6).unsqueeze(-1) * torch.tensor([0.5, 1.5])
+
+    def guide(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            pyro.sample("z", DiagonalNormal(shift, torch.ones(6, 2)))
+
+    model, _ = small_pair("standard_normal", PROCESS)
+    nn.init.zeros_(model.decoder.latent.weight)
+    weight = torch.tensor([0.1, 2.0, 0.3, 4.0, 0.7, 1.0])
+    batch = PROCESS.corrupt(torch.randint(3, (6, 2)), 1.0, weight=weight)
+    kl = 0.5 * shift.square()  # of each row and dimension
+    mean = (kl * weight.unsqueeze(-1)).sum(0) / weight.sum()
+    free = 0.3
+    assert mean[0] < free < mean[1]
+    assert (kl[:, 0] > free).any()  # so that a threshold for each row would say something else
+    assert (kl[:, 1] < free).any()
+    losses = [
+        float(MaskedDiffusionELBO(PROCESS, free_bits=f).loss(model, guide, batch))
+        for f in (0.0, free)
+    ]
+    extra = float(weight.sum()) * (free - float(mean[0]))
+    assert losses[1] - losses[0] == pytest.approx(extra, abs=1e-4)
+    # Weights decide which dimensions are below: with equal ones the first threshold moves.
+    heavy = PROCESS.corrupt(batch.x_0, 1.0, weight=torch.tensor([50.0, 0.1, 0.1, 0.1, 0.1, 50.0]))
+    a, b = (
+        float(MaskedDiffusionELBO(PROCESS, free_bits=f).loss(model, guide, heavy))
+        for f in (0.0, 0.4)
+    )
+    assert kl[:, 0].mean() < 0.4 < kl[0, 0]
+    assert a == pytest.approx(b, abs=1e-4)
+
+
 @pytest.mark.parametrize("options", list(DRAWS.values()), ids=list(DRAWS))
 def test_below_the_threshold_a_kl_costs_the_threshold_and_pulls_at_nothing(options):
     model, _ = small_pair("standard_normal", PROCESS)
@@ -693,7 +727,7 @@ def test_bad_baselines_are_named(options, message):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        (dict(renyi_alpha=1), "renyi_alpha = 1 is the ELBO"),
+        (dict(renyi_alpha=1), "renyi_alpha is 1: at 1 the bound is the ELBO"),
         (dict(renyi_alpha=0.5), "num_particles >= 2.*got num_particles=1"),
         (dict(renyi_alpha=math.inf, num_particles=2), "renyi_alpha must be finite"),
         (dict(renyi_alpha=0.5, num_particles=2, vectorize_particles=False), "vectorize_particles"),

@@ -244,6 +244,15 @@ def test_counts_sum_to_the_open_tokens_and_follow_the_schedule():
     assert counts[1].tolist() == [1, 0] * 4
     late = torch.tensor([[0, 0.25, 0.5]], dtype=torch.double)
     assert reveal_counts(process, torch.tensor([4]), late).tolist() == [[2, 2]]
+    # One and a half of three left is two, halves up: one token first, then two (T comes first).
+    halves = reveal_counts(
+        MaskingProcess(2, 3), torch.tensor([3]), torch.tensor([[0.0, 0.5, 1.0]])
+    )
+    assert halves.tolist() == [[2, 1]]
+    sevenths = reveal_counts(
+        MaskingProcess(2, 5), torch.tensor([5]), torch.tensor([[0.0, 0.25, 1.0]])
+    )
+    assert sevenths.tolist() == [[1, 4]]  # 1.25 left is one
     cosine = reveal_counts(MaskingProcess(2, 100, CosineSchedule()), torch.tensor([100]), grid)
     assert cosine[0, -1] < cosine[0, 0]
 

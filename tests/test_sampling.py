@@ -214,7 +214,10 @@ def test_pieces_do_not_change_the_law():
     ("options", "message"),
     [
         (dict(num_steps=0), "num_steps must be at least 1, got 0"),
-        (dict(num_steps=2, latent="same"), "latent must be 'fresh' or 'shared', got 'same'"),
+        (
+            dict(num_steps=2, latent="same"),
+            "latent must be 'fresh' or 'shared', or 'partial' between them, got 'same'",
+        ),
         (dict(num_steps=2, num_samples=0), "num_samples must be an integer of at least 1"),
         (dict(num_steps=2, batch_size=0), "batch_size must be an integer of at least 1"),
         (dict(num_steps=2, t_start=0.5), "x_start, which is missing"),

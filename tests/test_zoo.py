@@ -128,7 +128,7 @@ def test_every_prior_with_every_guide_that_fits_it(prior, family, tmp_path):
     for name, p in parameters(model, guide).items():
         assert p.grad is not None, name
         assert p.grad.isfinite().all(), name
-        assert (p != before[name]).any() or p.grad.abs().max() == 0, name
+        assert (p != before[name]).any(), name
 
     # Samples from the law that the exact computation gives; the bound is below it.
     law = exact_distribution(model, PROCESS, 2, num_draws=2048)

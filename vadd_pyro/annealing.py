@@ -35,8 +35,10 @@ class LinearAnnealing:
     """
 
     def __init__(self, num_iterations: int, start: float = 0.0, end: float = 1.0) -> None:
-        if num_iterations < 1:
-            raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
+        check_size("num_iterations", num_iterations)
+        for name, value in (("start", start), ("end", end)):
+            if not 0 <= value < math.inf:
+                raise ValueError(f"{name} must be a finite KL weight >= 0, got {value!r}")
         self.num_iterations = num_iterations
         self.start = start
         self.end = end

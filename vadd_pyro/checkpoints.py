@@ -52,8 +52,17 @@ def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
     Args:
         path: file to write; its folder is made if need be.
         content: tensors, numbers, strings, lists and dictionaries of them.
+
+    Raises:
+        OSError: naming the file, if the disk is full or the like.
     """
-    write_whole(path, lambda file: torch.save({"vadd_pyro": FORMAT, **content}, file))
+    try:
+        write_whole(path, lambda file: torch.save({"vadd_pyro": FORMAT, **content}, file))
+    except RuntimeError as error:  # torch's zip writer, for a full disk among others
+        raise OSError(
+            f"{path} could not be written ({error}); is the disk full? What stood there before is "
+            "intact"
+        ) from error
 
 
 def check_writable(path: str | Path) -> None:

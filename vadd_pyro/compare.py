@@ -37,6 +37,9 @@ def grid(
 ) -> list[Cell]:
     """All cells, one seed after another: a run cut short has compared everything once.
 
+    Combinations that would be the same come once: ``"none"``, which has no latent, with the guide
+    ``"auto"`` alone, and the objective ``"chain"`` with the first of the times.
+
     Args:
         data: names among :data:`vadd_pyro.cells.DATA`.
         priors, guides, objectives, times: names of :mod:`vadd_pyro.zoo`, import paths
@@ -56,15 +59,24 @@ def grid(
                 data_set(name)
             else:
                 zoo.check(kind, name)
-    return [
-        Cell(name, prior, guide, objective, when, seed)
+    cells = [
+        # A model without latent has one guide, and the chain objective times of its own.
+        Cell(
+            name,
+            prior,
+            "auto" if prior == "none" else guide,
+            objective,
+            times[0] if objective == "chain" else when,
+            seed,
+        )
         for seed in range(num_seeds)
-        for name in dict.fromkeys(data)
-        for objective in dict.fromkeys(objectives)
-        for when in dict.fromkeys(times)
-        for guide in dict.fromkeys(guides)
-        for prior in dict.fromkeys(priors)
+        for name in data
+        for objective in objectives
+        for when in times
+        for guide in guides
+        for prior in priors
     ]
+    return list(dict.fromkeys(cells))
 
 
 def list_names() -> str:
@@ -256,12 +268,11 @@ def _run(
     checkpoint_every: int,
     progress: bool,
 ) -> None:
-    """Run one cell and keep its result; a failed one keeps its checkpoint."""
+    """Run one cell and keep its result; a failed one starts afresh the next time."""
     place = folder / "cells" / cell.slug
     result = run_cell(cell, settings, place, checkpoint_every=checkpoint_every, progress=progress)
     results[cell.slug] = report.write_json(place / "result.json", result)
-    if "error" not in result:
-        _remove_checkpoints(place)
+    _remove_checkpoints(place)
 
 
 def _remove_checkpoints(place: Path) -> None:

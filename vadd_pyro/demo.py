@@ -6,6 +6,7 @@ at 1, 2, 4, 8 steps exactly, and holds it against the true law of the data.
 
 from __future__ import annotations
 
+import copy
 import json
 import platform
 import time
@@ -124,6 +125,7 @@ def run_demo(
         if any(True for _ in pair.guide.parameters()):
             # The DELBO has shown the guide nothing but complete targets; the bound needs the
             # sampler's.
+            pair = pair._replace(guide=copy.deepcopy(pair.guide))  # it may be part of the prior
             fit_guide(
                 pair.model,
                 pair.guide,

@@ -170,6 +170,12 @@ def score(
                 # Its own gradient has mean zero where it stands outside a logarithm.
                 posterior.append(value.detach() if drawn and not several_inside else value)
                 if free_bits and not (site.observed or site.auxiliary):
+                    if site.mask is not None:
+                        raise ValueError(
+                            f"site {name!r} is masked and its KL is estimated by draws: "
+                            "free_bits cannot tell there which rows count; mask the target "
+                            "instead, or use a pair with a closed-form KL"
+                        )
                     inner = math.prod(site.fn.batch_shape[-row_plates:-1])
                     drawn_dimensions += inner * latent_dimensions(site.fn)
             if site.enum_dim is not None:

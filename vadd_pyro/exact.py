@@ -225,19 +225,28 @@ class _Shared(_Fresh):
         super().__init__(joints, everything)
         self.values = values
         self.number = number
-        self._kept: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
+        self._kept: dict[tuple[int, ...], tuple[float, list[Tensor] | None, Tensor]] = {}
 
     def first(self) -> Tensor:
         return super().first().expand(self.number, 1)
 
     def _factors(self, visible: list[int], masked: list[int], t: float) -> Tensor:
         x = self.joints.states(visible, masked)
-        few = {name: value[:8] for name, value in self.values.items()}
-        said = self.joints.probe(x, x.new_zeros((1, 0), dtype=torch.double), t, few)
         key = tuple(masked)
-        if key not in self._kept or not agree(self._kept[key][0], said):
-            self._kept[key] = (said, self.joints.factors(x, masked, t, self.values))
-        return self._kept[key][1]
+        if key in self._kept:
+            at, said, kept = self._kept[key]
+            if at == t:
+                return kept
+            nothing = x.new_zeros((1, 0), dtype=torch.double)
+            few = {name: value[:8] for name, value in self.values.items()}
+            if said is None:
+                said = self.joints.probe(x, nothing, at, few)
+                self._kept[key] = (at, said, kept)
+            if agree(said, self.joints.probe(x, nothing, t, few)):
+                return kept
+        factors = self.joints.factors(x, masked, t, self.values)
+        self._kept[key] = (t, None, factors)
+        return factors
 
     def reveal(
         self, masked: list[int], law: Tensor, t: float

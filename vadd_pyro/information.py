@@ -16,9 +16,19 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
-from pyro.distributions import Categorical, Delta, Independent, OneHotCategorical
+from pyro.distributions import (
+    Categorical,
+    Delta,
+    Independent,
+    MaskedDistribution,
+    OneHotCategorical,
+    ProjectedNormal,
+    VonMises,
+    VonMises3D,
+)
 from torch import Tensor
 from torch.distributions import Distribution
 
@@ -63,14 +73,31 @@ def active_units(records: list[Recorder], own: list[str]) -> tuple[int, int]:
     return active, units
 
 
+def _mean(fn: Any) -> Tensor | None:
+    """The mean of a law, None if it does not tell: on spheres and circles ``fn.mean`` is a
+    direction, whatever the spread.
+    """
+    inner = fn
+    while isinstance(inner, Independent | MaskedDistribution):
+        inner = inner.base_dist
+    if isinstance(inner, ProjectedNormal | VonMises | VonMises3D):
+        return None
+    try:
+        mean = fn.mean
+    except NotImplementedError:
+        return None
+    return mean if mean.isfinite().all() else None
+
+
 def _variance_of_means(sites: list[Site]) -> Tensor:
     """Variance over rows of the posterior mean, without what estimating the mean adds to it."""
     means = []
     for site in sites:
         shape = site.fn.batch_shape + site.fn.event_shape
-        try:
-            means.append(site.fn.mean.expand(shape))
-        except NotImplementedError:
+        mean = _mean(site.fn)
+        if mean is not None:
+            means.append(mean.expand(shape))
+        else:
             draws = 1 if len(sites) > 1 else _MEAN_DRAWS
             means += list(site.fn.sample((draws,)).expand(draws, *shape))
     stacked = torch.stack(means).double()
@@ -147,7 +174,8 @@ def _pairs(sites: list[Site]) -> Tensor:
         pieces = []
         for piece in values.split(size):
             value = piece.unsqueeze(-1 - len(site.fn.event_shape))
-            pieces.append(site.fn.log_prob(value).reshape(len(piece), -1, num_rows).sum(1))
+            log_r = site.masked(site.fn.log_prob(value))
+            pieces.append(log_r.reshape(len(piece), -1, num_rows).sum(1))
         total = total.to(pieces[0].device) + torch.cat(pieces).double()
     return total
 

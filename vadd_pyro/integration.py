@@ -29,6 +29,7 @@ __all__ = ["Integrator", "Joints", "Latents", "agree"]
 
 _SOBOL_COLUMNS = 64
 _LEAST_DRAWS = 256
+_PROBES = 8  # points at which a model is asked whether it looks at the time
 _CHUNK = 2**21  # elements of the widest tensor: small enough to stay near the processor
 
 
@@ -132,7 +133,7 @@ class Joints:
     """Joint laws of masked tokens, for all states with the same open positions at once.
 
     A joint is kept, and computed again at another time only if the model says something else
-    there, on a few states and points.
+    there at any of its states, at a few points.
 
     Args:
         model: a step program.
@@ -160,7 +161,7 @@ class Joints:
         self.num_draws = num_draws
         self.seed = seed
         self.continuous: bool | None = None  # whether there is a latent to integrate
-        self._kept: dict[tuple[int, ...], tuple[list[Tensor], Tensor]] = {}
+        self._kept: dict[tuple[int, ...], tuple[float, list[Tensor] | None, Tensor]] = {}
 
     def _points(self, num_states: int) -> Tensor:
         return self._sobol(max(_LEAST_DRAWS, int(self.num_draws / num_states**0.5)))
@@ -198,10 +199,16 @@ class Joints:
         """
         x = self.states(visible, masked)
         points = self._points(len(x))
-        said = self.probe(x, points, t)
         key = tuple(masked)
-        if key in self._kept and agree(self._kept[key][0], said):
-            return self._kept[key][1]
+        if key in self._kept:
+            at, said, kept = self._kept[key]
+            if at == t:
+                return kept
+            if said is None:
+                said = self.probe(x, points, at)
+                self._kept[key] = (at, said, kept)
+            if agree(said, self.probe(x, points, t)):
+                return kept
         z_chunk, x_chunk = self._chunks(len(points))
         pieces: list[Tensor] = []
         for rows in x.split(x_chunk):
@@ -211,7 +218,7 @@ class Joints:
             pieces.append(total / len(points))
         joint = torch.cat(pieces)
         joint = joint / joint.sum(-1, keepdim=True)
-        self._kept[key] = (said, joint)
+        self._kept[key] = (t, None, joint)
         return joint
 
     def _chunks(self, num_points: int) -> tuple[int, int]:
@@ -223,11 +230,14 @@ class Joints:
     def probe(
         self, x: Tensor, points: Tensor, t: float, values: Mapping[str, Tensor] | None = None
     ) -> list[Tensor]:
-        """What the model says at a time, on a few states and points."""
-        few = x[:: max(1, len(x) // 4)][:4]
-        with seeded(self.seed):
-            logits, latents = self._run(few, points[:8], t, values)
-        return [logits, *(site.log_prob() for site in latents)]
+        """What the model says at a time: at all states, at a few points."""
+        said: list[Tensor] = []
+        few = points[:_PROBES]
+        for rows in x.split(self._chunks(_PROBES)[1]):
+            with seeded(self.seed):
+                logits, latents = self._run(rows, few, t, values)
+            said += [logits, *(site.log_prob() for site in latents)]
+        return said
 
     def _run(
         self, x: Tensor, points: Tensor, t: float, values: Mapping[str, Tensor] | None = None
@@ -246,6 +256,16 @@ class Joints:
         if run.logits is None:
             raise ValueError(f"the model has no site 'x_0'; it has {sorted(run.sites)}")
         latents = [s for name, s in run.sites.items() if name != "x_0" and not s.observed]
+        if (
+            values is None
+            and self.continuous is False
+            and any(s.enum_dim is None for s in latents)
+        ):
+            raise ValueError(
+                f"the latent {next(s.name for s in latents if s.enum_dim is None)!r} is drawn at "
+                f"t = {t:g} in states with visible tokens, but not where everything is masked: an "
+                "exact law needs a program with the same sites everywhere"
+            )
         plate = data_plate(run.sites["x_0"])
         for site in latents:
             if not is_row_site(site, plate, len(x)):
@@ -313,7 +333,7 @@ class Joints:
 
 def agree(first: list[Tensor], second: list[Tensor]) -> bool:
     """Whether two probes say the same."""
-    return all(
+    return len(first) == len(second) and all(
         a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-7)
         for a, b in zip(first, second, strict=True)
     )

@@ -165,12 +165,16 @@ def labels(results: Results) -> dict[tuple[str, ...], str]:
 
     def word(i: int, name: str) -> str:
         short = name.rpartition(":")[2]
-        unique = sum(c.rpartition(":")[2] == short for c in {n[i] for n in configurations}) == 1
-        return words[i].get(name, short if unique else name)
+        if name in words[i]:
+            return words[i][name]
+        others = {n[i] for n in configurations} - {name}
+        taken = {c.rpartition(":")[2] for c in others} | {words[i].get(c) for c in others}
+        return name if short in taken else short
 
     return {
         # "auto" says nothing: the guide that goes with the prior.
         names: ", ".join(word(i, names[i]) for i in varying if names[i] != "auto" or i == 0)
+        or zoo.GUIDES["auto"]
         for names in configurations
     }
 

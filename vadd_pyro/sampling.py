@@ -339,7 +339,7 @@ def _check_latent(latent: str, refresh: float | None) -> float:
     """The probability of a redraw that ``latent`` and ``refresh`` stand for."""
     if latent not in ("fresh", "shared", "partial"):
         raise ValueError(
-            f"latent must be 'fresh' or 'shared', got {latent!r} (or 'partial', between the two)"
+            f"latent must be 'fresh' or 'shared', or 'partial' between them, got {latent!r}"
         )
     if latent != "partial":
         if refresh is not None:

@@ -100,15 +100,32 @@ def check_fit(guide: Recorder, msg: dict[str, Any]) -> None:
     name = msg["name"]
     if name not in guide.sites or isinstance(msg["fn"], _Subsample):
         return
+    own = _inner_plates(guide.sites[name].frames)
+    other = _inner_plates(msg["cond_indep_stack"])
+    if own != other:
+        raise ValueError(
+            f"the guide's site {name!r} stands in plates of dims and sizes {own} inside the data "
+            f"plate, the model's site {name!r} in {other}: give both the same, or one draw would "
+            "count as several"
+        )
     guess = guide.sites[name].fn
     if any(isinstance(fn, Delta) for fn in (guess, getattr(guess, "base_dist", None))):
         return
-    if _kind(guess) != _kind(msg["fn"]):
+    (shape, kind), (other_shape, other_kind) = _kind(guess), _kind(msg["fn"])
+    known = "values" not in (kind, other_kind)
+    if shape != other_shape or (known and kind != other_kind):
         raise ValueError(
             f"guide and model do not fit: the guide's site {name!r} is {_describe(guess)}, the "
             f"model's site {name!r} is {_describe(msg['fn'])}; guides.for_prior(prior, encoder) "
             "picks a guide that fits"
         )
+
+
+def _inner_plates(frames: Iterable[Any]) -> dict[int, int]:
+    """Sizes of plates other than that of the rows and of particles, by dim."""
+    return {
+        f.dim: f.size for f in frames if f.dim is not None and f.dim < -1 and f.name != PARTICLES
+    }
 
 
 def _kind(fn: Any) -> tuple[Any, ...]:

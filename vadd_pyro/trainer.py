@@ -53,7 +53,7 @@ class History:
         seconds: training time so far, over all resumed parts.
         monitor_iteration: number of updates done at each look at the latents.
         kl_per_dimension, active_units, mutual_information, share_at_prior: what was seen, as in
-            :class:`vadd_pyro.LatentStatistics`.
+            :class:`vadd_pyro.LatentStatistics`; of the weights then, not of their average.
     """
 
     iteration: list[int] = field(default_factory=list)

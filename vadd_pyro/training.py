@@ -150,7 +150,8 @@ def fit(
         log_every: updates between entries of the history.
         monitor_every: updates between two looks at the latents (and one at the end), which enter
             the history: see :func:`vadd_pyro.latent_statistics`. None takes none. They leave the
-            training as it is.
+            training as it is (except batch statistics of modules that a plain function uses by
+            name), and see the weights of the moment, not their average.
         monitor_rows: how many rows of the data they are taken on, the same in the whole run, all
             masked; a ``data`` function gives those of its first batch at most.
         progress: whether to show a progress bar.

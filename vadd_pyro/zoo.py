@@ -10,6 +10,7 @@ A prior or guide is named in one of three ways: a name of the tables below; an i
 
 from __future__ import annotations
 
+import copy
 import importlib
 import inspect
 import sys
@@ -19,6 +20,7 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import pyro
 import torch
 
 from vadd_pyro import guides, models
@@ -139,12 +141,17 @@ def _resolve(kind: str, name: str) -> Any:
     if ":" not in name:
         for point in entry_points(group=f"vadd_pyro.{kind}"):
             if point.name == name:
-                return point.load()
+                try:
+                    return point.load()
+                except Exception as error:  # whatever the user's module raises
+                    raise ValueError(_not_imported(kind, name, error)) from error
         raise ValueError(
             f"unknown {kind}: {name!r}; expected one of {', '.join(_known(kind))}, an entry point "
             f"of the group vadd_pyro.{kind}, or an import path package.module:Attribute"
         )
     module_name, _, attribute = name.partition(":")
+    if not module_name.strip(".") or not attribute:
+        raise ValueError(f"{kind}: {name!r} is no import path package.module:Attribute")
     here = str(Path.cwd())
     if here not in sys.path:
         sys.path.insert(0, here)  # a file beside the user, as python -m would find it
@@ -152,17 +159,21 @@ def _resolve(kind: str, name: str) -> Any:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
             found = getattr(found, part)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"{kind}: {name!r} cannot be imported: {error}") from error
+    except Exception as error:  # whatever the user's module raises
+        raise ValueError(_not_imported(kind, name, error)) from error
     if not callable(found):
         raise ValueError(f"{kind}: {name!r} is {found!r}, expected a class or a function")
     return found
 
 
+def _not_imported(kind: str, name: str, error: Exception) -> str:
+    return f"{kind}: {name!r} cannot be imported: {type(error).__name__}: {error}"
+
+
 def _made(name: str, found: Any, offered: dict[str, Callable[[], Any]]) -> Any:
     """The thing itself, or what its maker makes of the arguments that it names."""
     if isinstance(found, torch.nn.Module):
-        return found
+        return copy.deepcopy(found)  # another model of the process may hold the original
     parameters = inspect.signature(found).parameters
     wanted = [
         p.name for p in parameters.values() if p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
@@ -247,9 +258,14 @@ def _latent_size(prior: Any, process: MaskingProcess) -> int:
         return size
     x_t = torch.full((2, process.length), process.mask_id)
     hidden = x_t == process.mask_id
-    with torch.random.fork_rng(), torch.no_grad():
+    with torch.random.fork_rng(), torch.no_grad(), pyro.plate("data", 2, dim=-1):
         z = prior(MaskedBatch(x_t, torch.ones(2), hidden, hidden))
-        z = z if isinstance(z, torch.Tensor) else z.sample()
+        z = z if isinstance(z, torch.Tensor) else pyro.sample("z", z)
+    if z.dim() < 2:
+        raise ValueError(
+            f"the prior gives latents of shape {tuple(z.shape)} for two rows, expected (2, d): "
+            "make them vectors, with .to_event(1)"
+        )
     return int(z.shape[-1])
 
 
@@ -288,12 +304,13 @@ def build(
     law = build_prior(
         prior, process, latent_dim=latent_dim, num_codes=num_codes, hidden_dim=hidden_dim
     )
-    encoder = getattr(law, "encoder", None)
-    features = MLPFeatures(process, hidden_dim=hidden_dim) if encoder is None else encoder
+    shared = isinstance(law, models.VampPrior)
+    features = law.encoder if shared else MLPFeatures(process, hidden_dim=hidden_dim)
     summed = False
     if guide in GUIDES:
         family = None if guide == "auto" else guide
-        summed = guides.families_for(law, features)[0] == "none" and family in (None, "none")
+        fitting = guides.families_for(law, features)
+        summed = fitting[:1] == ("none",) and family in (None, "none")
     size = _latent_size(law, process)
     # Where every code runs through the decoder, a shallower one.
     decoder = MLPDecoder(process, size, hidden_dim=hidden_dim, num_layers=2 if summed else 3)
@@ -354,7 +371,11 @@ def objective(
         "dreg": {**several, "doubly_reparameterized": True},
         "renyi": {"num_particles": 8, "renyi_alpha": 0.5},
         "free_bits": {"free_bits": 0.1},
-        "cyclical": {"kl_weight": CyclicalAnnealing(num_iterations, start=0.001)},
+        "cyclical": {},
         "no_annealing": {"kl_weight": 1.0},
     }
-    return MaskedDiffusionELBO(process, **{**options, **particular[name]})
+    options |= particular[name]
+    if name == "cyclical":
+        cycles = min(4, num_iterations)
+        options["kl_weight"] = CyclicalAnnealing(num_iterations, cycles, start=0.001)
+    return MaskedDiffusionELBO(process, **options)

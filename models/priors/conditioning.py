@@ -13,10 +13,18 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import softplus
 
-from vadd_pyro.process import MaskedBatch
+from vadd_pyro.process import MaskedBatch, check_size
 
-__all__ = ["Conditioned", "Context", "check_context", "features_of", "unit_scale"]
+__all__ = [
+    "Conditioned",
+    "Context",
+    "LocationScale",
+    "check_context",
+    "features_of",
+    "unit_scale",
+]
 
 Context = Callable[[MaskedBatch], Tensor]
 
@@ -57,7 +65,7 @@ class Conditioned(nn.Module):
         """``S``, or ``(B,) + S`` for features ``(B, F)``."""
         if self.shift is None or features is None:
             return self.value
-        return self.value + self.shift(features).unflatten(-1, self.value.shape or (1,))
+        return self.value + self.shift(features).reshape(*features.shape[:-1], *self.value.shape)
 
 
 def features_of(context: Context | None, batch: MaskedBatch) -> Tensor | None:
@@ -68,3 +76,25 @@ def features_of(context: Context | None, batch: MaskedBatch) -> Tensor | None:
 def unit_scale(*shape: int) -> Tensor:
     """Raw values whose softplus is one."""
     return torch.full(shape, 0.541324854612918)
+
+
+class LocationScale(nn.Module):
+    """Learned location and scale of every coordinate, standard before training.
+
+    Args:
+        latent_dim: size ``d`` of ``z``.
+        context: features of the state that shift both; None for an unconditional prior.
+    """
+
+    def __init__(self, latent_dim: int, context: Context | None = None) -> None:
+        super().__init__()
+        check_size("latent_dim", latent_dim)
+        self.latent_dim = latent_dim
+        self.context = context
+        self.z_loc = Conditioned(torch.zeros(latent_dim), context)
+        self.z_raw = Conditioned(unit_scale(latent_dim), context)
+
+    def parameters_at(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """``(z_loc, z_scale)``, each ``(d,)`` or, with a context, ``(B, d)``."""
+        h = features_of(self.context, batch)
+        return self.z_loc(h), softplus(self.z_raw(h)) + 1e-4

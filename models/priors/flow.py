@@ -48,6 +48,8 @@ class NormalizingFlow(nn.Module):
         super().__init__()
         check_size("latent_dim", latent_dim)
         check_size("num_transforms", num_transforms)
+        check_size("context_dim", context_dim)
+        check_size("bins", bins, least=2)
         check_context(context)
         self.latent_dim = latent_dim
         self.context = context

@@ -13,39 +13,17 @@ References:
 
 from __future__ import annotations
 
-import pyro.distributions as dist
-import torch
-from torch import Tensor, nn
-from torch.nn.functional import softplus
+import math
 
-from vadd_pyro.models.priors.conditioning import Conditioned, Context, features_of, unit_scale
-from vadd_pyro.process import MaskedBatch, check_size
+import pyro.distributions as dist
+
+from vadd_pyro.models.priors.conditioning import Context, LocationScale
+from vadd_pyro.process import MaskedBatch
 
 __all__ = ["Laplace", "StudentT"]
 
 
-class _LocationScale(nn.Module):
-    """Learned location and scale of every coordinate, standard before training.
-
-    Args:
-        latent_dim: size ``d`` of ``z``.
-        context: features of the state that shift both; None for an unconditional prior.
-    """
-
-    def __init__(self, latent_dim: int, context: Context | None = None) -> None:
-        super().__init__()
-        check_size("latent_dim", latent_dim)
-        self.latent_dim = latent_dim
-        self.context = context
-        self.z_loc = Conditioned(torch.zeros(latent_dim), context)
-        self.z_raw = Conditioned(unit_scale(latent_dim), context)
-
-    def _parameters_at(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        h = features_of(self.context, batch)
-        return self.z_loc(h), softplus(self.z_raw(h)) + 1e-4
-
-
-class StudentT(_LocationScale):
+class StudentT(LocationScale):
     """Student's t, one site ``"z"``.
 
     Args:
@@ -57,16 +35,18 @@ class StudentT(_LocationScale):
 
     def __init__(self, latent_dim: int, df: float = 5.0, context: Context | None = None) -> None:
         super().__init__(latent_dim, context)
-        if not df > 2:
-            raise ValueError(f"df must be above 2, for a finite variance, got {df!r}")
+        if not isinstance(df, int | float) or not 2 < df < math.inf:
+            raise ValueError(
+                f"df must be a number above 2, for a finite variance, and finite, got {df!r}"
+            )
         self.df = float(df)
 
     def forward(self, batch: MaskedBatch) -> dist.Independent:
-        loc, scale = self._parameters_at(batch)
+        loc, scale = self.parameters_at(batch)
         return dist.StudentT(self.df, loc, scale).to_event(1)
 
 
-class Laplace(_LocationScale):
+class Laplace(LocationScale):
     """Laplace, one site ``"z"``.
 
     Args:
@@ -76,5 +56,5 @@ class Laplace(_LocationScale):
     """
 
     def forward(self, batch: MaskedBatch) -> dist.Independent:
-        loc, scale = self._parameters_at(batch)
+        loc, scale = self.parameters_at(batch)
         return dist.Laplace(loc, scale).to_event(1)

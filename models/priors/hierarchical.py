@@ -48,8 +48,9 @@ class Hierarchical(nn.Module):
         all_levels: bool = False,
     ) -> None:
         super().__init__()
-        if len(latent_dims) < 2:
+        if not isinstance(latent_dims, Sequence) or len(latent_dims) < 2:
             raise ValueError(f"latent_dims must name at least two levels, got {latent_dims!r}")
+        check_size("hidden_dim", hidden_dim)
         for size in latent_dims:
             check_size("latent_dims", size)
         self.latent_dims = tuple(latent_dims)

@@ -14,10 +14,9 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
 from vadd_pyro.distributions import DiagonalNormal
-from vadd_pyro.models.priors.conditioning import Conditioned, Context, features_of, unit_scale
+from vadd_pyro.models.priors.conditioning import LocationScale
 from vadd_pyro.process import MaskedBatch, check_size
 from vadd_pyro.programs import check_callable
 
@@ -45,7 +44,7 @@ class StandardNormal(nn.Module):
         return DiagonalNormal(self.z_loc, self.z_scale)
 
 
-class LearnedNormal(nn.Module):
+class LearnedNormal(LocationScale):
     """A normal with learned mean and scale.
 
     An affine map of the latent, which the first layer of any decoder contains already: without a
@@ -57,17 +56,8 @@ class LearnedNormal(nn.Module):
             :class:`vadd_pyro.nn.StateFeatures`; None for an unconditional prior.
     """
 
-    def __init__(self, latent_dim: int, context: Context | None = None) -> None:
-        super().__init__()
-        check_size("latent_dim", latent_dim)
-        self.latent_dim = latent_dim
-        self.context = context
-        self.z_loc = Conditioned(torch.zeros(latent_dim), context)
-        self.z_raw = Conditioned(unit_scale(latent_dim), context)
-
     def forward(self, batch: MaskedBatch) -> DiagonalNormal:
-        h = features_of(self.context, batch)
-        return DiagonalNormal(self.z_loc(h), softplus(self.z_raw(h)) + 1e-4)
+        return DiagonalNormal(*self.parameters_at(batch))
 
 
 class ConditionalNormal(nn.Module):

@@ -51,9 +51,9 @@ class VampPrior(nn.Module):
     ) -> None:
         super().__init__()
         check_size("num_pseudo_inputs", num_pseudo_inputs)
-        if not hasattr(encoder, "soft") or not hasattr(encoder, "latent_dim"):
+        if not all(hasattr(encoder, name) for name in ("soft", "latent_dim", "features")):
             raise TypeError(
-                "encoder must have latent_dim and soft(probabilities, batch), as "
+                "encoder must have latent_dim, features and soft(probabilities, batch), as "
                 f"vadd_pyro.nn.MLPEncoder does; got {encoder!r}"
             )
         self.encoder = encoder
@@ -69,6 +69,11 @@ class VampPrior(nn.Module):
                 raise ValueError(
                     f"pseudo_inputs must have shape (M, {self.length}), got "
                     f"{tuple(pseudo_inputs.shape)}"
+                )
+            if int(pseudo_inputs.min()) < 0 or int(pseudo_inputs.max()) >= self.vocab_size:
+                raise ValueError(
+                    f"pseudo_inputs must be clean tokens in 0..{self.vocab_size - 1}, got values "
+                    f"from {int(pseudo_inputs.min())} to {int(pseudo_inputs.max())}"
                 )
             start = 5.0 * one_hot(pseudo_inputs, self.vocab_size).float()
         self.logits = nn.Parameter(start)

@@ -40,7 +40,6 @@ class FlowDistribution(TorchDistribution):
     ) -> None:
         self.flow = flow
         self.temperature = temperature
-        self._last: tuple[Tensor, Tensor] | None = None
         super().__init__(flow.batch_shape, flow.event_shape, validate_args=validate_args)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> FlowDistribution:
@@ -51,11 +50,9 @@ class FlowDistribution(TorchDistribution):
         return FlowDistribution(self.flow.expand(shape), self.temperature, validate_args=False)
 
     def log_prob(self, value: Tensor) -> Tensor:
-        """Log-density in nats, the batch shape; that of the last draw is known already."""
+        """Log-density in nats, the batch shape."""
         if self._validate_args:
             self._validate_sample(value)
-        if self._last is not None and self._last[0] is value:
-            return self._last[1]
         noise, log_det = self.flow.transform.call_and_ladj(value)
         return self._base(noise) + log_det
 
@@ -68,9 +65,7 @@ class FlowDistribution(TorchDistribution):
     def rsample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Reparameterised draws, ``sample_shape + batch_shape + (d,)``."""
         noise = self.flow.base.sample(torch.Size(sample_shape)) * self.temperature
-        value, log_det = self.flow.transform.inv.call_and_ladj(noise)
-        self._last = (value, self._base(noise) - log_det)
-        return value
+        return self.flow.transform.inv(noise)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Draws without gradients."""

@@ -66,6 +66,10 @@ class ProjectedNormal(dist.ProjectedNormal):
         integral = torch.logsumexp(base + r * t.unsqueeze(-1), -1) + (step * width).log()
         return integral - 0.5 * c.square().sum(-1) - 0.5 * d * math.log(2 * math.pi)
 
+    def tempered(self, temperature: float) -> ProjectedNormal:
+        """The same direction with its concentration divided."""
+        return ProjectedNormal(self.concentration / temperature)
+
     def transport(self, u: Tensor) -> Tensor:
         """Points of the unit cube ``u (..., d)`` carried to this law."""
         return safe_normalize(self.concentration + torch.special.ndtri(u))
