@@ -169,7 +169,7 @@ def for_prior(
     if own is not None:
         if encoder not in (None, own, _features(own)) or options:
             raise ValueError(
-                "a VampPrior goes with the encoder that it holds and no further options, got "
+                "a VampPrior goes with the encoder that it holds and no further options; got "
                 f"encoder={encoder!r} and {options or 'no options'}"
             )
         encoder = own

@@ -98,7 +98,8 @@ def pair(prior: str, family: str) -> tuple[Any, Any]:
     options = {}
     if family == "semi_amortized":
         options = {"model": model, "elbo": MaskedDiffusionELBO(PROCESS), "num_steps": 2}
-    return model, guides.for_prior(law, features(), family, **options)
+    own = None if isinstance(law, models.VampPrior) else features()  # which holds its encoder
+    return model, guides.for_prior(law, own, family, **options)
 
 
 def parameters(*programs: Any) -> dict[str, torch.nn.Parameter]:
@@ -248,3 +249,5 @@ def test_for_prior_names_the_sites_and_the_families_that_fit():
 def test_the_guide_of_a_vamp_prior_shares_its_encoder():
     prior = models.VampPrior(encoder(), 3)
     assert guides.for_prior(prior).encoder is prior.encoder
+    with pytest.raises(ValueError, match="goes with the encoder that it holds"):
+        guides.for_prior(prior, features())

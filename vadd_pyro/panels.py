@@ -112,8 +112,9 @@ def _scale(ax: Axes, axis: str, values: Sequence[float]) -> None:
     which = getattr(ax, f"{axis}axis")
     if 0 < 5 * least < most:
         getattr(ax, f"set_{axis}scale")("log")
-        # A label for every decade only, if there are several.
-        subs = (1.0, 2.0, 5.0) if most < 60 * least else (1.0,)
+        # As many labels as fit: for decades only if there are several, or an axis is narrow.
+        close = most < (60 if axis == "y" else 12) * least
+        subs = (1.0, 2.0, 5.0) if close else (1.0,)
         which.set_major_locator(LogLocator(subs=subs))
         which.set_minor_formatter(NullFormatter())
     else:

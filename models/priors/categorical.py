@@ -64,6 +64,7 @@ class ProductOfCategoricals(nn.Module):
         latent_dim: size ``d`` of an embedding.
         context: features of the state on which the probabilities depend; None for constant ones.
         one_hot: hold the codes as one-hot rows ``(B, L, C)``, as straight-through guides need.
+            These collapsed on the toys (docs/zoo.md): prefer summing, or the score function.
     """
 
     def __init__(
