@@ -27,9 +27,9 @@ class MixtureOfNormals(nn.Module):
     """A mixture of diagonal normals with learned weights, means and scales, one site ``"z"``.
 
     Better than ``N(0, I)`` on data in clusters; on data along curves it needs more updates: worse
-    after 4,000, no worse after 12,000 (docs/zoo.md). Where the latent is not needed, the posterior
-    should be the prior, which a normal guide cannot be: ``for_prior(prior, encoder, "mixture")``
-    tightens the bound there.
+    after 4,000, within error after 12,000 (docs/zoo.md). Where the latent is not needed, the
+    posterior should be the prior, which a normal guide cannot be: ``for_prior(prior, encoder,
+    "mixture")`` tightens the bound there.
 
     Args:
         latent_dim: size ``d`` of ``z``.

@@ -63,9 +63,9 @@ class LearnedNormal(LocationScale):
 class ConditionalNormal(nn.Module):
     """A normal whose mean and scale are read off the state: ``p(z | x_t, t)``.
 
-    Better than ``N(0, I)`` on 8-modes; on data along curves it needs more updates (docs/zoo.md).
-    At one step it is a normal like any other: what it learns of the state helps later steps. Do
-    not share its latent over steps: that was far worse than with ``N(0, I)``.
+    Better than ``N(0, I)`` on 8-modes; on data along curves it needs more updates, and on circles
+    it was still worse at one step after 12,000, so do not use it there (docs/zoo.md): where all
+    is masked it is a normal like any other, and what it learns of the state helps later steps.
 
     Args:
         network: ``network(batch) -> (z_loc, z_scale)``, each ``(B, d)``, reading ``batch.x_t`` and

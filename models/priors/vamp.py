@@ -29,9 +29,9 @@ __all__ = ["VampPrior"]
 class VampPrior(nn.Module):
     """A mixture of the guide's posteriors at pseudo-inputs, one site ``"z"``.
 
-    Better than ``N(0, I)`` on the checkerboard, on 8-modes and on tied tokens; on data along
-    curves it needs more updates: worse after 4,000, no worse after 12,000 (docs/zoo.md). Early
-    on prior and guide may agree on saying little: watch the mutual information in the history.
+    Better than ``N(0, I)`` on the checkerboard and on 8-modes; on data along curves it needs more
+    updates: worse after 4,000, about level after 12,000 (docs/zoo.md). Early on prior and guide
+    may agree on saying little: watch the mutual information in the history.
 
     The encoder belongs to prior and guide: build the guide as ``AmortizedNormal(prior.encoder)``,
     or by ``guides.for_prior(prior)``. To refit a guide alone, refit a ``copy.deepcopy`` of it.
