@@ -19,7 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadd_pyro.integration import Joints, agree
+from vadd_pyro.integration import Joints, KeptOverTime
 from vadd_pyro.process import MaskingProcess, make_time_grid
 from vadd_pyro.programs import evaluation
 from vadd_pyro.sampling import device_of, seeded, start_state
@@ -190,30 +190,28 @@ class _Fresh:
             following: dict[tuple[int, ...], Tensor] = {}
             for key, law in laws.items():
                 masked = list(key)
-                for revealed, result in self.reveal(masked, law, float(times[i])):
+                revealing = self.revealing(masked, law, float(times[i]))
+                for revealed in _subsets(masked):
                     kept = tuple(_without(masked, revealed))
                     probability = rho ** len(revealed) * (1 - rho) ** len(kept)
                     if probability > 0:
-                        value = result() * probability
+                        value = revealing(revealed) * probability
                         following[kept] = following[kept] + value if kept in following else value
             laws = following
         return laws[()]
 
     def first(self) -> Tensor:
+        """The law of what is visible at the start: of nothing."""
         return torch.ones((), dtype=torch.double, device=self.joints.base.device)
 
-    def reveal(
-        self, masked: list[int], law: Tensor, t: float
-    ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
-        """For every set of positions that a step may reveal, the law of what is then visible."""
+    def revealing(self, masked: list[int], law: Tensor, t: float) -> Callable[[list[int]], Tensor]:
+        """The law of what is visible once some of the masked positions are revealed."""
         if not masked:
-            yield [], lambda: law
-            return
+            return lambda revealed: law
         visible = _without(self.everything, masked)
         joint = self.joints(visible, masked, t) * law.reshape(-1, 1)
         joint = joint.reshape((self.vocab,) * len(self.everything))
-        for revealed in _subsets(masked):
-            yield revealed, lambda r=revealed: _marginals(joint, visible, masked, r)  # type: ignore[misc]
+        return lambda revealed: _marginals(joint, visible, masked, revealed)
 
 
 class _Shared(_Fresh):
@@ -225,39 +223,24 @@ class _Shared(_Fresh):
         super().__init__(joints, everything)
         self.values = values
         self.number = number
-        self._kept: dict[tuple[int, ...], tuple[float, list[Tensor] | None, Tensor]] = {}
+        self._kept = KeptOverTime()
 
     def first(self) -> Tensor:
         return super().first().expand(self.number, 1)
 
-    def _factors(self, visible: list[int], masked: list[int], t: float) -> Tensor:
-        x = self.joints.states(visible, masked)
-        key = tuple(masked)
-        if key in self._kept:
-            at, said, kept = self._kept[key]
-            if at == t:
-                return kept
-            nothing = x.new_zeros((1, 0), dtype=torch.double)
-            few = {name: value[:8] for name, value in self.values.items()}
-            if said is None:
-                said = self.joints.probe(x, nothing, at, few)
-                self._kept[key] = (at, said, kept)
-            if agree(said, self.joints.probe(x, nothing, t, few)):
-                return kept
-        factors = self.joints.factors(x, masked, t, self.values)
-        self._kept[key] = (t, None, factors)
-        return factors
-
-    def reveal(
-        self, masked: list[int], law: Tensor, t: float
-    ) -> Iterator[tuple[list[int], Callable[[], Tensor]]]:
+    def revealing(self, masked: list[int], law: Tensor, t: float) -> Callable[[list[int]], Tensor]:
         if not masked:
-            yield [], lambda: law
-            return
+            return lambda revealed: law
         visible = _without(self.everything, masked)
-        mu = self._factors(visible, masked, t)
-        for revealed in _subsets(masked):
-            yield revealed, lambda r=revealed: self._joined(law, mu, visible, masked, r)  # type: ignore[misc]
+        x = self.joints.states(visible, masked)
+        nothing = x.new_zeros((1, 0), dtype=torch.double)
+        mu = self._kept(
+            tuple(masked),
+            t,
+            lambda at: self.joints.probe(x, nothing, at, self.values),
+            lambda: self.joints.factors(x, masked, t, self.values),
+        )
+        return lambda revealed: self._joined(law, mu, visible, masked, revealed)
 
     def _joined(
         self, law: Tensor, mu: Tensor, visible: list[int], masked: list[int], revealed: list[int]

@@ -25,7 +25,7 @@ from vadd_pyro.recorder import Recorder, Site
 from vadd_pyro.sampling import seeded
 from vadd_pyro.sites import PARTICLES, data_plate, is_row_site
 
-__all__ = ["Integrator", "Joints", "Latents", "agree"]
+__all__ = ["Integrator", "Joints", "KeptOverTime", "Latents"]
 
 _SOBOL_COLUMNS = 64
 _LEAST_DRAWS = 256
@@ -129,6 +129,49 @@ class Latents(NamedTuple):
     weights: Tensor
 
 
+class KeptOverTime:
+    """Values computed at one time and used at others where the model says the same."""
+
+    def __init__(self) -> None:
+        self._held: dict[tuple[int, ...], tuple[float, list[Tensor] | None, Tensor]] = {}
+
+    def __call__(
+        self,
+        key: tuple[int, ...],
+        t: float,
+        probe: Callable[[float], list[Tensor]],
+        compute: Callable[[], Tensor],
+    ) -> Tensor:
+        """The value of ``key`` at ``t``.
+
+        Args:
+            key: what it belongs to.
+            t: the time.
+            probe: some of what the model says at a time, by which two times are told apart.
+            compute: makes the value at ``t``.
+        """
+        if key in self._held:
+            at, said, value = self._held[key]
+            if at == t:
+                return value
+            if said is None:
+                said = probe(at)
+                self._held[key] = (at, said, value)
+            if _agree(said, probe(t)):
+                return value
+        value = compute()
+        self._held[key] = (t, None, value)
+        return value
+
+
+def _agree(first: list[Tensor], second: list[Tensor]) -> bool:
+    """Whether two probes say the same."""
+    return len(first) == len(second) and all(
+        a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-7)
+        for a, b in zip(first, second, strict=True)
+    )
+
+
 class Joints:
     """Joint laws of masked tokens, for all states with the same open positions at once.
 
@@ -161,7 +204,7 @@ class Joints:
         self.num_draws = num_draws
         self.seed = seed
         self.continuous: bool | None = None  # whether there is a latent to integrate
-        self._kept: dict[tuple[int, ...], tuple[float, list[Tensor] | None, Tensor]] = {}
+        self._kept = KeptOverTime()
 
     def _points(self, num_states: int) -> Tensor:
         return self._sobol(max(_LEAST_DRAWS, int(self.num_draws / num_states**0.5)))
@@ -198,17 +241,16 @@ class Joints:
         ``(K ** len(visible), K ** len(masked))`` in double precision.
         """
         x = self.states(visible, masked)
+        return self._kept(
+            tuple(masked),
+            t,
+            lambda at: self.probe(x, self._points(len(x)), at),
+            lambda: self._joint(x, masked, t),
+        )
+
+    def _joint(self, x: Tensor, masked: list[int], t: float) -> Tensor:
+        """The joint of the states ``x (n, D)``, ``(n, K ** len(masked))``."""
         points = self._points(len(x))
-        key = tuple(masked)
-        if key in self._kept:
-            at, said, kept = self._kept[key]
-            if at == t:
-                return kept
-            if said is None:
-                said = self.probe(x, points, at)
-                self._kept[key] = (at, said, kept)
-            if agree(said, self.probe(x, points, t)):
-                return kept
         z_chunk, x_chunk = self._chunks(len(points))
         pieces: list[Tensor] = []
         for rows in x.split(x_chunk):
@@ -217,9 +259,7 @@ class Joints:
                 total = total + self._partial(rows, piece, masked, t)
             pieces.append(total / len(points))
         joint = torch.cat(pieces)
-        joint = joint / joint.sum(-1, keepdim=True)
-        self._kept[key] = (t, None, joint)
-        return joint
+        return joint / joint.sum(-1, keepdim=True)
 
     def _chunks(self, num_points: int) -> tuple[int, int]:
         """How many points and states to run at once."""
@@ -230,12 +270,13 @@ class Joints:
     def probe(
         self, x: Tensor, points: Tensor, t: float, values: Mapping[str, Tensor] | None = None
     ) -> list[Tensor]:
-        """What the model says at a time: at all states, at a few points."""
+        """What the model says at a time: at all states, at a few points or values."""
         said: list[Tensor] = []
         few = points[:_PROBES]
+        some = None if values is None else {n: value[:_PROBES] for n, value in values.items()}
         for rows in x.split(self._chunks(_PROBES)[1]):
             with seeded(self.seed):
-                logits, latents = self._run(rows, few, t, values)
+                logits, latents = self._run(rows, few, t, some)
             said += [logits, *(site.log_prob() for site in latents)]
         return said
 
@@ -256,15 +297,12 @@ class Joints:
         if run.logits is None:
             raise ValueError(f"the model has no site 'x_0'; it has {sorted(run.sites)}")
         latents = [s for name, s in run.sites.items() if name != "x_0" and not s.observed]
-        if (
-            values is None
-            and self.continuous is False
-            and any(s.enum_dim is None for s in latents)
-        ):
+        drawn = [site.name for site in latents if site.enum_dim is None]
+        if values is None and self.continuous is False and drawn:
             raise ValueError(
-                f"the latent {next(s.name for s in latents if s.enum_dim is None)!r} is drawn at "
-                f"t = {t:g} in states with visible tokens, but not where everything is masked: an "
-                "exact law needs a program with the same sites everywhere"
+                f"the latent {drawn[0]!r} is drawn at t = {t:g} in states with visible tokens, "
+                "but not where everything is masked: an exact law needs a program with the same "
+                "sites everywhere"
             )
         plate = data_plate(run.sites["x_0"])
         for site in latents:
@@ -329,11 +367,3 @@ class Joints:
             logits = logits[..., masked, :].expand(number, len(rows), len(masked), -1)
             pieces.append(torch.softmax(logits.double(), -1))
         return torch.cat(pieces, 1)
-
-
-def agree(first: list[Tensor], second: list[Tensor]) -> bool:
-    """Whether two probes say the same."""
-    return len(first) == len(second) and all(
-        a.shape == b.shape and torch.allclose(a, b, rtol=1e-6, atol=1e-7)
-        for a, b in zip(first, second, strict=True)
-    )
