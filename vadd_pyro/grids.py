@@ -31,8 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadd_pyro.elbo import MaskedDiffusionELBO
-from vadd_pyro.likelihood import log_likelihood_bound
+from vadd_pyro.likelihood import chain_objective
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
 from vadd_pyro.programs import evaluation
 from vadd_pyro.sampling import device_of, seeded
@@ -132,33 +131,24 @@ def step_terms(
     if batch_size is not None:
         check_size("batch_size", batch_size)
     x_0 = process.check_tokens(x_0).to(device_of(model, x_0.device))
-    with seeded(seed):
-        # Refuses what has no bound.
-        log_likelihood_bound(
-            model, guide, process, x_0[:1], 1, num_particles=1, num_draws=1, args=args
-        )
     with seeded(seed), evaluation(model, guide):
-        probe = process.corrupt(x_0[:1], 1.0)
-        inferred, generated = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
-        if all(site.observed for site in inferred.sites.values()):
-            num_particles = 1
-        if batch_size is None:
-            batch_size = max(1, 2**21 // (num_particles * process.length * process.vocab_size))
-        elbo = MaskedDiffusionELBO(
+        elbo, rows_per_call, has_latent = chain_objective(
+            model,
+            guide,
             process,
-            objective="chain",
-            time_grid=candidates,
+            x_0,
+            candidates,
             num_particles=num_particles,
-            importance_weighted=num_particles > 1,
+            batch_size=batch_size,
+            args=args,
         )
 
         def score(batch: MaskedBatch) -> Tensor:
             pieces = [
-                elbo.score(model, guide, part, *args).rows for part in batch.split(batch_size)
+                elbo.score(model, guide, part, *args).rows for part in batch.split(rows_per_call)
             ]
             return torch.cat(pieces).double()
 
-        has_latent = any(not site.observed for site in generated.sites.values())
         total = torch.zeros(len(candidates), len(candidates), dtype=torch.double)
         for _ in range(num_draws):
             paths = process.reveal_steps(tuple(x_0.shape), candidates, x_0.device)

@@ -32,7 +32,7 @@ from vadd_pyro.recorder import Recorder
 from vadd_pyro.sampling import device_of, seeded
 from vadd_pyro.sites import data_plate, is_row_site
 
-__all__ = ["Bound", "log_likelihood_bound"]
+__all__ = ["Bound", "chain_objective", "log_likelihood_bound"]
 
 
 class Bound(NamedTuple):
@@ -102,22 +102,17 @@ def log_likelihood_bound(
     if num_draws < 1:
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     with seeded(seed), evaluation(model, guide):
-        probe = process.corrupt(x_0[:1], 1.0)
-        inferred, generated = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
-    _check_model(generated)
-    if all(site.observed for site in inferred.sites.values()):
-        num_particles = 1  # every latent is summed out: particles would all be the same
-    elbo = MaskedDiffusionELBO(
-        process,
-        objective="chain",
-        time_grid=grid,
-        num_particles=num_particles,
-        importance_weighted=num_particles > 1,
-        vectorize_particles=vectorize_particles,
-    )
-    if batch_size is None:
-        per_row = num_particles * process.length * process.vocab_size
-        batch_size = max(1, 2**21 // per_row)
+        elbo, batch_size, _ = chain_objective(
+            model,
+            guide,
+            process,
+            x_0,
+            grid,
+            num_particles=num_particles,
+            vectorize_particles=vectorize_particles,
+            batch_size=batch_size,
+            args=args,
+        )
     draws = []
     with seeded(seed), evaluation(model, guide):
         for _ in range(num_draws):
@@ -130,6 +125,49 @@ def log_likelihood_bound(
     values = torch.stack(draws)
     error = values.std(0) / num_draws**0.5 if num_draws > 1 else torch.full_like(total, torch.nan)
     return Bound(values.mean(0), error)
+
+
+def chain_objective(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    process: MaskingProcess,
+    x_0: Tensor,
+    grid: Tensor,
+    *,
+    num_particles: int,
+    vectorize_particles: bool = True,
+    batch_size: int | None = None,
+    args: tuple[Any, ...] = (),
+) -> tuple[MaskedDiffusionELBO, int, bool]:
+    """What scores the steps of a grid, after a look at the pair.
+
+    Args:
+        as in :func:`log_likelihood_bound`; ``grid`` is ``(T + 1,)``.
+
+    Returns:
+        The objective, with one particle where every latent is summed out; rows per network call;
+        whether the model has a latent.
+
+    Raises:
+        ValueError: for models that have no T-step bound.
+    """
+    probe = process.corrupt(x_0[:1], 1.0)
+    inferred, generated = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
+    _check_model(generated)
+    if all(site.observed for site in inferred.sites.values()):
+        num_particles = 1  # every latent is summed out: particles would all be the same
+    elbo = MaskedDiffusionELBO(
+        process,
+        objective="chain",
+        time_grid=grid,
+        num_particles=num_particles,
+        importance_weighted=num_particles > 1,
+        vectorize_particles=vectorize_particles,
+    )
+    if batch_size is None:
+        batch_size = max(1, 2**21 // (num_particles * process.length * process.vocab_size))
+    has_latent = any(not site.observed for site in generated.sites.values())
+    return elbo, batch_size, has_latent
 
 
 def _check_model(model: Recorder) -> None:
