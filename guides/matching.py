@@ -44,15 +44,20 @@ from vadd_pyro.guides.normal import (
 from vadd_pyro.guides.semi_amortized import SemiAmortizedNormal
 from vadd_pyro.guides.spherical import AmortizedSpherical
 from vadd_pyro.process import MaskedBatch
+from vadd_pyro.programs import draw_latent
 from vadd_pyro.recorder import Recorder, Site
 
-__all__ = ["families_for", "for_prior"]
+__all__ = ["families_for", "for_prior", "look_at"]
 
 _REAL = ("mean_field", "low_rank", "full", "mixture", "flow", "semi_amortized")
 
 
-def latent_sites(prior: Callable[[MaskedBatch], Any], length: int, vocab_size: int) -> list[Site]:
-    """The latent sites of a prior, from one run on an all-masked batch of two rows."""
+def look_at(
+    prior: Callable[[MaskedBatch], Any], length: int, vocab_size: int
+) -> tuple[list[Site], Any]:
+    """The latent sites of a prior and what it gives the decoder, on an all-masked batch of two
+    rows.
+    """
     x_t = torch.full((2, length), vocab_size)
     parameter = next(prior.parameters(), None) if isinstance(prior, nn.Module) else None
     x_t = x_t if parameter is None else x_t.to(parameter.device)
@@ -64,10 +69,8 @@ def latent_sites(prior: Callable[[MaskedBatch], Any], length: int, vocab_size: i
         Recorder() as recorder,
         pyro.plate("data", 2, dim=-1),
     ):
-        z = prior(batch)
-        if not isinstance(z, torch.Tensor) and hasattr(z, "log_prob"):
-            pyro.sample("z", z)
-    return [site for site in recorder.sites.values() if not site.observed]
+        z = draw_latent(prior, batch)
+    return [site for site in recorder.sites.values() if not site.observed], z
 
 
 def _own_encoder(prior: Any) -> Any:
@@ -105,11 +108,14 @@ def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
     discrete = [bool(getattr(site.fn, "has_enumerate_support", False)) for site in sites]
     if all(discrete):
         return ("none",)
-    try:
-        known = all(biject_to(site.fn.support) for site in sites if not any(discrete))
-    except NotImplementedError:
+    if any(discrete):
         return ()
-    return () if any(discrete) or not known else ("hierarchical", "bottom_up")
+    try:
+        for site in sites:
+            biject_to(site.fn.support)
+    except NotImplementedError:  # nothing is known to carry normals there
+        return ()
+    return ("hierarchical", "bottom_up")
 
 
 def _is_real(law: Any) -> bool:
@@ -141,7 +147,8 @@ def families_for(prior: Callable[[MaskedBatch], Any], encoder: Any) -> tuple[str
         encoder: says ``length`` and ``vocab_size``, such as :class:`vadd_pyro.nn.MLPFeatures`.
     """
     features = _features(encoder)
-    return _families(latent_sites(prior, features.length, features.vocab_size), prior)
+    sites, _ = look_at(prior, features.length, features.vocab_size)
+    return _families(sites, prior)
 
 
 def for_prior(
@@ -179,7 +186,7 @@ def for_prior(
             "encoder must give features (B, F) and say feature_dim, length and vocab_size, such "
             f"as vadd_pyro.nn.MLPFeatures; got {encoder!r}"
         )
-    sites = latent_sites(prior, features.length, features.vocab_size)
+    sites, _ = look_at(prior, features.length, features.vocab_size)
     fitting = _families(sites, prior)
     if family is None and fitting:
         family = fitting[0]

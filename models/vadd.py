@@ -18,9 +18,8 @@ import pyro
 from torch import Tensor
 
 from vadd_pyro.distributions import TokenCategorical
-from vadd_pyro.nn import MLPDecoder
 from vadd_pyro.process import MaskedBatch
-from vadd_pyro.programs import Program, check_callable
+from vadd_pyro.programs import Program, check_callable, draw_latent
 
 __all__ = ["MDM", "VADD"]
 
@@ -55,23 +54,19 @@ class VADD(Program):
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         with pyro.plate("data", len(batch), dim=-1):
-            z = self.prior(batch)
-            if not isinstance(z, Tensor) and hasattr(z, "log_prob"):
-                z = pyro.sample("z", z)
-            law = self._tokens(batch, z)
+            law = self._tokens(batch, draw_latent(self.prior, batch))
             return pyro.sample("x_0", law, obs=batch.x_0)
 
     def _tokens(self, batch: MaskedBatch, z: Tensor) -> TokenCategorical:
         """The law of the tokens; where a support is laid out for all rows, equal rows share it."""
-        # Only for decoders known to treat dimension -2 as that of rows, and to ignore the time.
-        shares = isinstance(self.decoder, MLPDecoder) and not self.decoder.time_conditioning
-        if shares and z.dim() > 2 and z.shape[-2] == 1 and len(batch) > 1:
-            states, row = batch.x_t.unique(dim=0, return_inverse=True)
-            logits = self.decoder(states, z, batch.t[: len(states)])
-            if logits.dim() > 3:
-                return TokenCategorical(logits, batch.target, row)
-        logits = self.decoder(batch.x_t, z, batch.t)
-        return TokenCategorical(logits, batch.target)
+        # Only decoders that say so are known to treat dimension -2 as that of rows.
+        shared_states = getattr(self.decoder, "shared_states", None)
+        shared = None if shared_states is None else shared_states(batch.x_t, z)
+        if shared is None:
+            return TokenCategorical(self.decoder(batch.x_t, z, batch.t), batch.target)
+        states, row = shared
+        logits = self.decoder(states, z, batch.t[: len(states)])
+        return TokenCategorical(logits, batch.target, row)
 
 
 class MDM(Program):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 from collections.abc import Sequence
 from typing import Any
@@ -146,8 +145,6 @@ def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    if os.getcwd() not in sys.path:  # import paths of the user's own, also under the script
-        sys.path.append(os.getcwd())
     from vadd_pyro import compare
 
     if arguments.list:

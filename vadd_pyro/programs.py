@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import functools
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,13 +21,14 @@ import torch
 from pyro.nn import PyroModule
 from pyro.poutine.runtime import _PYRO_STACK
 from pyro.poutine.trace_messenger import TraceMessenger
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import constraints
 
 __all__ = [
     "Program",
     "check_callable",
     "check_store",
+    "draw_latent",
     "evaluation",
     "kept_modes",
     "modules_of",
@@ -49,6 +50,14 @@ class Program(nn.Module):
         if any(isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
             register_parameters(self)
         return super().__call__(*args, **kwargs)
+
+
+def draw_latent(prior: Callable[[Any], Any], batch: Any) -> Any:
+    """Run a prior: what it returns, or a draw of ``"z"`` if it returns a distribution."""
+    z = prior(batch)
+    if not isinstance(z, Tensor) and hasattr(z, "log_prob"):
+        z = pyro.sample("z", z)
+    return z
 
 
 def check_callable(name: str, value: Any) -> None:

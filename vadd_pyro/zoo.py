@@ -20,14 +20,14 @@ from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 
 from vadd_pyro import guides, models
 from vadd_pyro.annealing import CyclicalAnnealing, LinearAnnealing
 from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.guides.matching import look_at
 from vadd_pyro.nn import MLPDecoder, MLPEncoder, MLPFeatures, StateEncoder, StateFeatures
-from vadd_pyro.process import MaskedBatch, MaskingProcess
+from vadd_pyro.process import MaskingProcess
 from vadd_pyro.times import (
     AtomTimes,
     BalancedTimes,
@@ -154,7 +154,7 @@ def _resolve(kind: str, name: str) -> Any:
         raise ValueError(f"{kind}: {name!r} is no import path package.module:Attribute")
     here = str(Path.cwd())
     if here not in sys.path:
-        sys.path.insert(0, here)  # a file beside the user, as python -m would find it
+        sys.path.append(here)  # a file beside the user, also under the script
     try:
         found: Any = importlib.import_module(module_name)
         for part in attribute.split("."):
@@ -256,11 +256,7 @@ def _latent_size(prior: Any, process: MaskingProcess) -> int:
     size = getattr(prior, "latent_dim", None)
     if isinstance(size, int):
         return size
-    x_t = torch.full((2, process.length), process.mask_id)
-    hidden = x_t == process.mask_id
-    with torch.random.fork_rng(), torch.no_grad(), pyro.plate("data", 2, dim=-1):
-        z = prior(MaskedBatch(x_t, torch.ones(2), hidden, hidden))
-        z = z if isinstance(z, torch.Tensor) else pyro.sample("z", z)
+    _, z = look_at(prior, process.length, process.vocab_size)
     if z.dim() < 2:
         raise ValueError(
             f"the prior gives latents of shape {tuple(z.shape)} for two rows, expected (2, d): "

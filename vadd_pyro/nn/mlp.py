@@ -95,7 +95,6 @@ class MLPDecoder(nn.Module):
         self.latent_dim = latent_dim
         self.length = process.length
         self.vocab_size = process.vocab_size
-        self.time_conditioning = time_conditioning
         self.embedding = nn.Embedding(process.vocab_size + 1, embedding_dim)
         self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
         self.latent = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim else None
@@ -114,13 +113,20 @@ class MLPDecoder(nn.Module):
                 f"the decoder has latent_dim = 0 and would ignore z {tuple(z.shape)}: give it the "
                 "size of the latent"
             )
-        same_for_all_rows = z is not None and z.dim() > 2 and z.shape[-2] == 1
-        if same_for_all_rows and self.time is None and len(x_t) > 1:
-            # The latents of a support, laid out for all rows: equal rows share the work.
-            states, row = x_t.unique(dim=0, return_inverse=True)
-            if len(states) < len(x_t):
-                return self._logits(states, z, t).index_select(-3, row)
+        shared = self.shared_states(x_t, z)
+        if shared is not None and len(shared[0]) < len(x_t):
+            return self._logits(shared[0], z, t).index_select(-3, shared[1])
         return self._logits(x_t, z, t)
+
+    def shared_states(self, x_t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The distinct rows ``(U, D)``, and which of them each row is, ``(B,)``, where equal rows
+        have equal logits: if the latents of a support are laid out for all rows, and the time does
+        not count. None elsewhere.
+        """
+        same_for_all_rows = z is not None and z.dim() > 2 and z.shape[-2] == 1
+        if not same_for_all_rows or self.time is not None or len(x_t) < 2:
+            return None
+        return x_t.unique(dim=0, return_inverse=True)
 
     def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
         h = self.tokens(self.embedding(x_t).flatten(-2))
