@@ -11,6 +11,7 @@ import pytest
 
 from vadd_pyro import cli
 from vadd_pyro.data import TOYS
+from vadd_pyro.runs import load_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -40,7 +41,12 @@ def test_the_demo_prints_a_table_and_writes_results_and_a_figure(tmp_path):
         assert 0 <= row["jensen_shannon"] <= 0.6932
         assert -row["bound"] > results["entropy"] - 5 * row["bound_stderr"]
     assert (out / "eight_modes.png").read_bytes().startswith(b"\x89PNG")
-    assert sorted(p.name for p in out.iterdir()) == ["eight_modes.png", "results.json"]
+    held = sorted(p.name for p in out.iterdir())
+    assert held == ["eight_modes", "eight_modes.png", "results.json"]
+    for prior in ("none", "standard_normal", "categorical"):
+        run_of = load_run(out / "eight_modes" / prior)
+        assert (run_of.configuration["prior"], run_of.process.vocab_size) == (prior, 50)
+    assert "vadd-pyro inspect" in result.stdout
 
 
 @pytest.mark.parametrize(

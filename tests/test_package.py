@@ -30,8 +30,8 @@ LAYERS = [
     {"elbo", "orders", "sampling", "tempering"},
     {"integration"},
     {"chain", "exact", "grids", "information", "likelihood", "monitor", "trainer"},
-    {"training"},
-    {"demo", "cells", "compare", "panels", "report", "zoo"},
+    {"inspection", "training"},
+    {"demo", "cells", "compare", "panels", "report", "runs", "zoo"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -25,7 +25,6 @@ import traceback
 import zlib
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +35,7 @@ from torch import Tensor
 
 import vadd_pyro
 from vadd_pyro import data, metrics, zoo
-from vadd_pyro.data import TOYS, TokenDistribution
+from vadd_pyro.data import TokenDistribution
 from vadd_pyro.data.tokens import UniformOver
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.exact import exact_distributions
@@ -44,16 +43,16 @@ from vadd_pyro.likelihood import log_likelihood_bound
 from vadd_pyro.process import MaskingProcess, check_size
 from vadd_pyro.programs import evaluation
 from vadd_pyro.recorder import Recorder
+from vadd_pyro.runs import save_run
 from vadd_pyro.sampling import seeded
 from vadd_pyro.times import GridTimes
 from vadd_pyro.training import History, fit, fit_guide
 
-__all__ = ["DATA", "STEPS", "Cell", "Settings", "data_set", "run_cell"]
+__all__ = ["STEPS", "Cell", "Settings", "run_cell"]
 
-DATA = (*TOYS, "d1", "d2", "tied_bits")
 STEPS = (1, 2, 4, 8)
-_TIED_BITS = 6
 _EMA_DECAY = 0.999
+_HIDDEN_DIM = 128
 _NUM_DRAWS = 2**12  # points over which a continuous latent is integrated
 
 
@@ -137,23 +136,6 @@ class Settings:
             "numpy": np.__version__,
             "python": platform.python_version(),
         }
-
-
-@cache
-def data_set(name: str, vocab_size: int = 100) -> TokenDistribution:
-    """A data set of the experiment.
-
-    Args:
-        name: one of :data:`DATA`.
-        vocab_size: bins per axis of a toy density.
-    """
-    if name in TOYS:
-        return data.toy(name, vocab_size)
-    if name in ("d1", "d2"):
-        return data.tied_tokens(name.upper())
-    if name == "tied_bits":
-        return data.tied_bits(_TIED_BITS)
-    raise ValueError(f"data must be among {', '.join(DATA)}, got {name!r}")
 
 
 def _distances(law: Tensor, density: TokenDistribution) -> dict[str, float]:
@@ -263,7 +245,7 @@ def _train_and_measure(
     """Fill ``result``; its ``"stage"`` says what was being done if this raises."""
     result["stage"] = "build"
     pyro.clear_param_store()
-    density = data_set(cell.data, settings.vocab_size)
+    density = data.named(cell.data, settings.vocab_size)
     process = density.process()
     num_rows = 20_000 if isinstance(density, UniformOver) else 1_000_000
     x_0 = density.sample(num_rows, seed=cell.seed)
@@ -274,6 +256,7 @@ def _train_and_measure(
         process,
         latent_dim=settings.latent_dim,
         num_codes=settings.num_codes,
+        hidden_dim=_HIDDEN_DIM,
     )
     num_iterations = settings.num_iterations or own_iterations
     elbo = zoo.objective(cell.objective, cell.times, process, num_iterations)
@@ -297,6 +280,15 @@ def _train_and_measure(
         description=str(cell),
         **options,
     )
+    configuration = {
+        **asdict(cell),
+        "vocab_size": settings.vocab_size,
+        "latent_dim": settings.latent_dim,
+        "num_codes": settings.num_codes,
+        "hidden_dim": _HIDDEN_DIM,
+        "num_iterations": num_iterations,
+    }
+    save_run(folder, model, guide, configuration)
     result["stage"] = "refit the guide"
     if elbo.objective != "chain" and _num_parameters(guide):
         guide = copy.deepcopy(guide)

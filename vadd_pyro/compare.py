@@ -17,8 +17,9 @@ from typing import Any
 
 import torch
 
+from vadd_pyro import data as data_sets
 from vadd_pyro import report, zoo
-from vadd_pyro.cells import DATA, Cell, Settings, data_set, run_cell
+from vadd_pyro.cells import Cell, Settings, run_cell
 from vadd_pyro.checkpoints import check_writable
 from vadd_pyro.process import check_size
 
@@ -41,7 +42,7 @@ def grid(
     ``"auto"`` alone, and the objective ``"chain"`` with the first of the times.
 
     Args:
-        data: names among :data:`vadd_pyro.cells.DATA`.
+        data: names among :data:`vadd_pyro.data.NAMES`.
         priors, guides, objectives, times: names of :mod:`vadd_pyro.zoo`, import paths
             ``"package.module:Attribute"`` or names of entry points.
         num_seeds: seeds ``0 .. num_seeds - 1``.
@@ -56,7 +57,7 @@ def grid(
             raise ValueError(f"{kind} is empty: expected at least one name")
         for name in names:
             if kind == "data":
-                data_set(name)
+                data_sets.named(name)
             else:
                 zoo.check(kind, name)
     cells = [
@@ -81,7 +82,7 @@ def grid(
 
 def list_names() -> str:
     """All known names of data, priors, guides, objectives and times, as text."""
-    lines = ["data: " + ", ".join(DATA)]
+    lines = ["data: " + ", ".join(data_sets.NAMES)]
     for kind in ("priors", "guides", "objectives", "times"):
         known: Mapping[str, str] = getattr(zoo, kind.upper())
         lines += ["", f"{kind}:", *[f"  {name:<26} {label}" for name, label in known.items()]]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 import json
 import platform
+import re
 import time
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from vadd_pyro.elbo import LinearAnnealing, MaskedDiffusionELBO
 from vadd_pyro.exact import exact_distribution
 from vadd_pyro.likelihood import log_likelihood_bound
 from vadd_pyro.process import MaskingProcess
+from vadd_pyro.runs import save_run
 from vadd_pyro.times import BalancedTimes, GridTimes, TimeDistribution
 from vadd_pyro.training import fit, fit_guide
 
@@ -33,12 +35,19 @@ __all__ = ["label", "run_demo", "train"]
 STEPS = (1, 2, 4, 8)
 _WIDTH = {"categorical": 128}  # every code runs through the decoder
 _WIDEST = 256
+_LATENT_DIM = 2
+_NUM_CODES = 64
 
 
 def label(prior: str) -> str:
     """How tables call a model with that prior."""
     name = zoo.PRIORS.get(prior, prior)
     return name if prior == "none" else f"VADD, {name}"
+
+
+def _folder_name(prior: str) -> str:
+    """A folder's name for a prior, which may be an import path."""
+    return re.sub(r"[^\w.]+", "-", prior)
 
 
 def train(
@@ -98,7 +107,8 @@ def run_demo(
     if num_iterations is not None and num_iterations < 1:
         raise ValueError(f"num_iterations must be at least 1, got {num_iterations}")
     folder = Path(out)
-    for target in (folder / "results.json", folder / f"{name}.png"):
+    runs = {prior: folder / name / _folder_name(prior) for prior in priors}
+    for target in (folder / "results.json", folder / f"{name}.png", folder / name / "run.pt"):
         check_writable(target)
     density = data.toy(name)
     process = density.process()
@@ -109,8 +119,16 @@ def run_demo(
     pairs = []
     for prior in priors:
         torch.manual_seed(seed)
-        width = _WIDTH.get(prior, _WIDEST)
-        pairs.append(zoo.build(prior, "auto", process, hidden_dim=width))
+        pairs.append(
+            zoo.build(
+                prior,
+                "auto",
+                process,
+                latent_dim=_LATENT_DIM,
+                num_codes=_NUM_CODES,
+                hidden_dim=_WIDTH.get(prior, _WIDEST),
+            )
+        )
     for prior, pair in zip(priors, pairs, strict=True):
         called = label(prior)
         seconds = train(
@@ -121,6 +139,17 @@ def run_demo(
             seed=seed,
             progress=progress,
             description=called,
+        )
+        save_run(
+            runs[prior],
+            pair.model,
+            pair.guide,
+            {
+                **{"data": name, "vocab_size": density.vocab_size, "prior": prior},
+                **{"guide": "auto", "latent_dim": _LATENT_DIM, "num_codes": _NUM_CODES},
+                **{"hidden_dim": _WIDTH.get(prior, _WIDEST), "seed": seed},
+                "num_iterations": num_iterations or pair.num_iterations,
+            },
         )
         if any(True for _ in pair.guide.parameters()):
             # The DELBO has shown the guide nothing but complete targets; the bound needs the
@@ -187,6 +216,9 @@ def run_demo(
     plotting.save_figure(figure, folder / f"{name}.png")
     print(table(density, rows))
     print(f"\nwrote {folder / 'results.json'} and {folder / (name + '.png')}")
+    for prior, place in runs.items():
+        if prior != "none":
+            print(f"what its latent knows: vadd-pyro inspect {place}")
     return results
 
 

@@ -4,6 +4,7 @@ Toy densities on a grid of bins, and tied tokens. Nothing is downloaded.
 """
 
 from vadd_pyro.data.base import TokenDistribution
+from vadd_pyro.data.named import NAMES, named
 from vadd_pyro.data.tokens import tied_bits, tied_tokens
 from vadd_pyro.data.toy import (
     TOYS,
@@ -20,6 +21,7 @@ from vadd_pyro.data.toy import (
 )
 
 __all__ = [
+    "NAMES",
     "TOYS",
     "TokenDistribution",
     "ToyDensity",
@@ -27,6 +29,7 @@ __all__ = [
     "circles",
     "eight_modes",
     "moons",
+    "named",
     "pinwheel",
     "swiss_roll",
     "swiss_roll_es",
