@@ -3,13 +3,16 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# A second environment, in which the tests meet ArviZ 1.x.
+ARVIZ1 := .venv-arviz1
+ARVIZ1_READY := $(ARVIZ1)/.ready
 
 .PHONY: demo test lint types bench clean
 
 demo: $(READY)
 	$(BIN)/vadd-pyro demo
 
-test: $(READY)
+test: $(READY) $(ARVIZ1_READY)
 	$(BIN)/python -m pytest
 
 lint: $(READY)
@@ -28,5 +31,18 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
 
+# ArviZ 1.x wants Python 3.12 or later. Without one, or without a network, its test is skipped: a
+# line says so, and the next make tries again.
+$(ARVIZ1_READY): constraints-arviz1.txt
+	@for python in python3.12 python3.13 python3.14 $(HOME)/.pyenv/versions/3.1[2-9]*/bin/python3 $(PYTHON); do \
+	  "$$python" -c 'import sys; sys.exit(sys.version_info < (3, 12))' 2>/dev/null || continue; \
+	  rm -rf $(ARVIZ1); \
+	  "$$python" -m venv $(ARVIZ1) && $(ARVIZ1)/bin/python -m pip install --quiet --retries 1 \
+	    --constraint constraints-arviz1.txt "arviz>=1" h5netcdf h5py matplotlib 2>/dev/null \
+	    && touch $(ARVIZ1_READY) && exit 0; \
+	  rm -rf $(ARVIZ1); \
+	done; \
+	echo "ArviZ 1.x is not tested: its packages could not be installed with a Python 3.12 or later"
+
 clean:
-	rm -rf $(VENV) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ARVIZ1) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache

@@ -1,7 +1,7 @@
 """A prior that sees the state, p(z | x_t, t), in place of one p(z) for all states.
 
-With both coordinates of a checkerboard masked the latent has to tie them; with one visible there is
-nothing left to tie, and the posterior should be the prior. One learned prior has to serve both
+With both coordinates of a checkerboard masked the latent has to tie them; with one visible there
+is nothing left to tie, and the posterior should be the prior. One learned prior has to serve both
 states. One that sees x_t may have many modes here and a single plain one there.
 
     python examples/conditional_prior.py [--num-iterations N]
@@ -28,7 +28,7 @@ from vadd_pyro import (
 from vadd_pyro.nn import MLPDecoder, MLPFeatures, StateFeatures
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-parser.add_argument("--num-iterations", type=int, default=2500)
+parser.add_argument("--num-iterations", type=int, default=2000)
 num_iterations = parser.parse_args().num_iterations
 
 board = data.checkerboard(vocab_size=20)

@@ -20,7 +20,7 @@ import torch
 
 from vadd_pyro import cells, cli, compare, panels, report, zoo
 from vadd_pyro.cells import Cell, Settings
-from vadd_pyro.checkpoints import load_checkpoint
+from vadd_pyro.checkpoints import load_checkpoint, read_json, write_json
 from vadd_pyro.data import named
 
 SMALL = (
@@ -214,13 +214,13 @@ def test_results_of_another_configuration_are_refused_by_name(tmp_path, capsys):
     assert (tmp_path / "results.csv").read_text() == before
     # A cell brought in from elsewhere, of another run and of another name.
     (place,) = tmp_path.glob("cells/*/result.json")
-    content = report.read_json(place)
+    content = read_json(place)
     content["settings"]["torch"] = "0.1"
-    report.write_json(place, content)
+    write_json(place, content)
     assert compare_here(*grid) == 1
     assert "torch is '0.1' there" in capsys.readouterr().err
     content["settings"]["torch"] = torch.__version__
-    report.write_json(place, content)
+    write_json(place, content)
     place.parent.rename(place.parent.with_name("another"))
     assert compare_here(*grid) == 1
     assert "another/result.json is of another configuration" in capsys.readouterr().err

@@ -1,25 +1,31 @@
-"""Checkpoints.
+"""Checkpoints, and files of plain values.
 
-One file of tensors and plain values, written whole or not at all, read without running any code.
+A checkpoint is one file of tensors and plain values. All are written whole or not at all, and read
+without running any code.
 """
 
 from __future__ import annotations
 
+import json
+import math
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 import torch
+from torch import Tensor
 
 __all__ = [
     "check_writable",
     "load_checkpoint",
     "random_state",
+    "read_json",
     "restore_random_state",
     "save_checkpoint",
+    "write_json",
     "write_whole",
 ]
 
@@ -44,6 +50,41 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
         os.replace(partial, path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _plain(value: Any) -> Any:
+    """What JSON has: tensors as lists, ``inf`` and ``nan`` by name, so that ``float`` reads
+    them.
+    """
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return _plain(value.tolist())
+    if isinstance(value, Mapping):
+        return {str(key): _plain(v) for key, v in value.items()}
+    if isinstance(value, list | tuple):
+        return [_plain(v) for v in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def write_json(path: str | Path, content: Mapping[str, Any]) -> dict[str, Any]:
+    """Write plain values whole; returns them as they will be read."""
+    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
+    write_whole(path, lambda file: file.write(text.encode()))
+    return json.loads(text)
+
+
+def read_json(path: str | Path) -> dict[str, Any]:
+    """Read what :func:`write_json` wrote.
+
+    Raises:
+        ValueError: naming the file, if it is no such thing.
+    """
+    try:
+        content = json.loads(Path(path).read_text())
+    except ValueError as error:
+        raise ValueError(f"{path} cannot be read: {error}") from error
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} holds no result: expected an object")
+    return content
 
 
 def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:

@@ -88,6 +88,31 @@ def _add_compare(commands: Any) -> None:
     add("--list", action="store_true", help="list the names and end")
 
 
+def _add_inspect(commands: Any) -> None:
+    inspect = commands.add_parser(
+        "inspect",
+        help="what the latent of a trained model knows, and whether its guide can be trusted",
+        description="From a run folder of the demo or the comparison to a page: is the latent "
+        "used, what does it couple and encode, does the aggregate posterior fill the prior, can "
+        "the guide be trusted, what does the model write. Writes report.html with its figures, "
+        "posterior.nc for ArviZ and inspection.json. A folder that holds several runs has all of "
+        "them inspected.",
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+    )
+    inspect.add_argument("run", metavar="RUN", help="folder with run.pt in it or below")
+    inspect.add_argument(
+        "--out", metavar="FOLDER", help="where the report goes; by default RUN/inspection"
+    )
+    number: dict[str, Any] = {"type": _positive, "metavar": "N"}
+    inspect.add_argument("--num-rows", default=1000, help="rows of fresh data", **number)
+    inspect.add_argument("--num-draws", default=500, help="draws of each posterior", **number)
+    inspect.add_argument(
+        "--num-reference-rows", default=6, help="rows whose posterior NUTS samples", **number
+    )
+    inspect.add_argument("--seed", type=_seed, default=0, help="seed of data and draws")
+    inspect.add_argument("--no-progress", action="store_true", help="no progress bars")
+
+
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="vadd-pyro",
@@ -121,6 +146,7 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--out", default="demo", metavar="FOLDER", help="where the results go")
     demo.add_argument("--no-progress", action="store_true", help="no progress bars")
     _add_compare(commands)
+    _add_inspect(commands)
     return parser
 
 
@@ -186,6 +212,29 @@ def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
     return 1 if failed else 0
 
 
+def _inspect(arguments: argparse.Namespace) -> int:
+    from vadd_pyro.runs import find_runs, inspect_run
+
+    runs = find_runs(arguments.run)
+    if len(runs) > 1 and arguments.out is not None:
+        raise ValueError(
+            f"--out is one folder, but {arguments.run} holds {len(runs)} runs: name one of "
+            + ", ".join(str(run) for run in runs)
+        )
+    for folder in runs:
+        verdicts = inspect_run(
+            folder,
+            arguments.out,
+            num_rows=arguments.num_rows,
+            num_draws=arguments.num_draws,
+            num_reference_rows=arguments.num_reference_rows,
+            seed=arguments.seed,
+            progress=not arguments.no_progress,
+        )
+        print(verdicts)
+    return 0
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = _parser()
@@ -193,6 +242,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         if arguments.command == "compare":
             return _compare(arguments, parser)
+        if arguments.command == "inspect":
+            return _inspect(arguments)
         return _demo(arguments, parser)
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"vadd-pyro: {error}", file=sys.stderr)

@@ -20,7 +20,7 @@ import torch
 from vadd_pyro import data as data_sets
 from vadd_pyro import report, zoo
 from vadd_pyro.cells import Cell, Settings, run_cell
-from vadd_pyro.checkpoints import check_writable
+from vadd_pyro.checkpoints import check_writable, read_json, write_json
 from vadd_pyro.process import check_size
 
 __all__ = ["Settings", "grid", "list_names", "report_folder", "run_grid"]
@@ -148,7 +148,7 @@ def _open(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
     wanted = settings.describe()
     path = folder / "settings.json"
     if path.exists() and any(folder.glob("cells/*/*")):
-        _check_settings(path, report.read_json(path), wanted)
+        _check_settings(path, read_json(path), wanted)
     results = report.load_results(folder)
     for slug, result in results.items():
         place = folder / "cells" / slug / "result.json"
@@ -159,7 +159,7 @@ def _open(folder: Path, settings: Settings) -> dict[str, dict[str, Any]]:
             )
         if "error" not in result:
             _remove_checkpoints(place.parent)  # left over by a run killed at just that moment
-    report.write_json(path, wanted)
+    write_json(path, wanted)
     return results
 
 
@@ -272,7 +272,7 @@ def _run(
     """Run one cell and keep its result; a failed one starts afresh the next time."""
     place = folder / "cells" / cell.slug
     result = run_cell(cell, settings, place, checkpoint_every=checkpoint_every, progress=progress)
-    results[cell.slug] = report.write_json(place / "result.json", result)
+    results[cell.slug] = write_json(place / "result.json", result)
     _remove_checkpoints(place)
 
 

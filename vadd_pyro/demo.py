@@ -7,7 +7,6 @@ at 1, 2, 4, 8 steps exactly, and holds it against the true law of the data.
 from __future__ import annotations
 
 import copy
-import json
 import platform
 import re
 import time
@@ -20,7 +19,7 @@ from torch import Tensor
 
 import vadd_pyro
 from vadd_pyro import data, metrics, plotting, zoo
-from vadd_pyro.checkpoints import check_writable, write_whole
+from vadd_pyro.checkpoints import check_writable, write_json
 from vadd_pyro.data import ToyDensity
 from vadd_pyro.elbo import LinearAnnealing, MaskedDiffusionELBO
 from vadd_pyro.exact import exact_distribution
@@ -201,8 +200,7 @@ def run_demo(
         },
         "rows": rows,
     }
-    text = json.dumps(results, indent=1) + "\n"
-    write_whole(folder / "results.json", lambda file: file.write(text.encode()))
+    write_json(folder / "results.json", results)
     scores = {
         model: {row["num_steps"]: row["jensen_shannon"] for row in rows if row["model"] == model}
         for model in laws

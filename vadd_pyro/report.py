@@ -8,23 +8,17 @@ from __future__ import annotations
 
 import csv
 import io
-import json
 import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import numpy as np
-from torch import Tensor
-
 from vadd_pyro import panels, plotting, zoo
-from vadd_pyro.checkpoints import write_whole
+from vadd_pyro.checkpoints import read_json, write_json, write_whole
 
 __all__ = [
     "load_results",
-    "read_json",
-    "write_json",
     "write_report",
     "write_tables",
 ]
@@ -34,41 +28,6 @@ COLUMNS = (*AXES, "seed", "num_steps", "latent", "metric", "value")
 Results = Mapping[str, Mapping[str, Any]]
 Key = tuple[str, str | None, int | None]
 _FIRST: Key = ("jensen_shannon", "fresh", 1)
-
-
-def _plain(value: Any) -> Any:
-    """What JSON has: tensors as lists, ``inf`` and ``nan`` by name, so that ``float`` reads
-    them.
-    """
-    if isinstance(value, Tensor | np.ndarray | np.generic):
-        return _plain(value.tolist())
-    if isinstance(value, Mapping):
-        return {str(key): _plain(v) for key, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
-
-
-def write_json(path: str | Path, content: Mapping[str, Any]) -> dict[str, Any]:
-    """Write plain values whole; returns them as they will be read."""
-    text = json.dumps(_plain(content), indent=1, allow_nan=False) + "\n"
-    write_whole(path, lambda file: file.write(text.encode()))
-    return json.loads(text)
-
-
-def read_json(path: str | Path) -> dict[str, Any]:
-    """Read what :func:`write_json` wrote.
-
-    Raises:
-        ValueError: naming the file, if it is no such thing.
-    """
-    try:
-        content = json.loads(Path(path).read_text())
-    except ValueError as error:
-        raise ValueError(f"{path} cannot be read: {error}") from error
-    if not isinstance(content, dict):
-        raise ValueError(f"{path} holds no result: expected an object")
-    return content
 
 
 def load_results(folder: str | Path) -> dict[str, dict[str, Any]]:

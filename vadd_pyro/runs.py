@@ -15,10 +15,11 @@ import torch
 from vadd_pyro import data, zoo
 from vadd_pyro.checkpoints import load_checkpoint, save_checkpoint
 from vadd_pyro.data import TokenDistribution
+from vadd_pyro.inspection import inspect_pair
 from vadd_pyro.process import MaskingProcess
 from vadd_pyro.programs import modules_of
 
-__all__ = ["Run", "find_runs", "load_run", "save_run"]
+__all__ = ["Run", "find_runs", "inspect_run", "load_run", "save_run"]
 
 FILE = "run.pt"
 _PARTS = ("data", "vocab_size", "prior", "guide", "latent_dim", "num_codes", "hidden_dim")
@@ -133,3 +134,36 @@ def load_run(folder: str | Path) -> Run:
     _restore(pair.model, content["model"], path, "model")
     _restore(pair.guide, content["guide"], path, "guide")
     return Run(configuration, pair.model, pair.guide, process, density)
+
+
+def inspect_run(
+    folder: str | Path, out: str | Path | None = None, *, num_rows: int = 1000, **options: Any
+) -> str:
+    """Inspect the pair of a run folder on fresh rows of its data.
+
+    Args:
+        folder: the run.
+        out: where the report goes; by default the folder ``inspection`` in the run.
+        num_rows: rows of data.
+        options: of :func:`vadd_pyro.inspection.inspect_pair`.
+
+    Returns:
+        The verdicts as text, and where the report is.
+    """
+    run = load_run(folder)
+    out = Path(folder) / "inspection" if out is None else Path(out)
+    seed = options.get("seed", 0)
+    x_0 = run.density.sample(num_rows, seed=20_000 + seed)
+    verdicts = inspect_pair(
+        run.model,
+        run.guide,
+        run.process,
+        x_0,
+        out,
+        title=run.title,
+        truth=run.density.probabilities,
+        **options,
+    )
+    lines = [f"{run.title}:"]
+    lines += [f"  {question} {verdict.text}" for question, verdict in verdicts.items()]
+    return "\n".join([*lines, f"wrote {out / 'report.html'}"])

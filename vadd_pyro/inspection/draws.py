@@ -295,7 +295,7 @@ def _generated(
                 )
             latents[name] = kept(site, *shape)
             log_prior = log_prior + site.log_prob().reshape(num_draws, -1, len(rows)).sum(1)
-        tokens = sites["x_0"].value.expand(*shape, -1)
+        tokens = kept(sites["x_0"], *shape)
         tokens = torch.where(rows.masked, tokens, rows.x_t)
         pieces.append(LatentDraws(latents, rows, None, None, log_prior, tokens))
     return _joined(pieces, batch)

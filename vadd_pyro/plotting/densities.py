@@ -1,7 +1,4 @@
-"""Figures.
-
-Functions draw on a matplotlib axis and return it; colours are safe for colour-blind readers.
-"""
+"""Laws over pairs of tokens as pictures: one, or many held against the data."""
 
 from __future__ import annotations
 
@@ -10,13 +7,13 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor
 
+from vadd_pyro.plotting.style import DENSITY, new_axis
+
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-__all__ = ["compare_steps", "show_density"]
-
-_COLORS = "cividis"
+__all__ = ["compare_steps", "save_figure", "show_density"]
 
 
 def _brightest(p: Tensor) -> float:
@@ -32,15 +29,14 @@ def show_density(p: Tensor, ax: Axes | None = None, *, vmax: float | None = None
         ax: axis to draw on; a new one if omitted.
         vmax: probability shown brightest, by default the 99.5th percentile of ``p``.
     """
-    import matplotlib.pyplot as plt
-
     if p.dim() != 2:
         raise ValueError(f"p must be a law over pairs, shape (K, K), got {tuple(p.shape)}")
-    if ax is None:
-        ax = plt.subplots()[1]
+    ax = new_axis(ax)
     if vmax is None:
         vmax = _brightest(p)
-    ax.imshow(p.cpu().T, origin="lower", cmap=_COLORS, vmin=0, vmax=vmax, interpolation="nearest")
+    ax.imshow(
+        p.cpu().T.numpy(), origin="lower", cmap=DENSITY, vmin=0, vmax=vmax, interpolation="nearest"
+    )
     ax.set_xticks([])
     ax.set_yticks([])
     for spine in ax.spines.values():
