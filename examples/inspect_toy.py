@@ -7,18 +7,23 @@ a page, inspection/report.html.
 """
 
 import argparse
+from pathlib import Path
 
+import pyro
 import torch
+from matplotlib.figure import Figure
 
 from vadd_pyro import (
     AtomTimes,
     BalancedTimes,
+    DiagonalNormal,
     LinearAnnealing,
     MaskedDiffusionELBO,
     data,
     fit,
     guides,
     models,
+    plotting,
 )
 from vadd_pyro.inspection import (
     inspect_pair,
@@ -58,13 +63,31 @@ print(
     f"Pareto k-hat above 0.7, where the guide misses mass: {100 * (k > 0.7).float().mean():.0f} %"
 )
 
-worst = batch[k.argmax().reshape(1)]
-reference = reference_posterior(model, worst, 250, guide=guide, num_warmup=200, seed=0)
-own = posterior_draws(model, guide, worst, 1000, seed=0)
-for name, found in (("guide", own), ("NUTS", reference.draws)):
-    z = found.sites["z"][:, 0]
-    mean, std = z.mean(0).tolist(), z.std(0).tolist()
-    print(f"worst row, {name}: mean {mean[0]:.2f} {mean[1]:.2f}, sd {std[0]:.2f} {std[1]:.2f}")
+
+# Break the guide on purpose for some rows, and hold it against the posterior itself.
+def broken(batch):
+    """The trained guide, but where the first token is even: shifted, and half as wide."""
+    z_loc, z_scale = guide.encoder(batch)
+    wrong = (batch.x_0[:, :1] % 2 == 0).float()
+    with pyro.plate("data", len(batch), dim=-1):
+        pyro.sample("z", DiagonalNormal(z_loc + 1.5 * wrong * z_scale, z_scale / (1 + wrong)))
+
+
+odd, even = ((rows[:, 0] % 2 == 1).nonzero()[0], (rows[:, 0] % 2 == 0).nonzero()[0])
+two = batch[torch.cat([odd, even])]
+reference = reference_posterior(model, two, 250, guide=guide, num_warmup=200, seed=0)
+drawn = posterior_draws(model, broken, two, num_draws=1000, seed=0)
+figure = Figure(figsize=(7.2, 3.6), dpi=150, layout="constrained")
+for i, name in enumerate(("a row left alone", "a row broken on purpose")):
+    mine, true = drawn.sites["z"][:, i], reference.draws.sites["z"][:, i]
+    ax = figure.add_subplot(1, 2, i + 1)
+    plotting.compare_posteriors(mine, true, ax, names=["z[0]", "z[1]"])
+    ax.set_title(f"{name}: k-hat {float(pareto_k(drawn.log_weights)[i]):.2f}", fontsize=9)
+    apart = (mine.mean(0) - true.mean(0)).abs() / true.std(0)
+    print(f"{name}: means of guide and NUTS {float(apart.max()):.2f} posterior sd apart")
+folder = Path(arguments.out)
+folder.mkdir(parents=True, exist_ok=True)
+plotting.save_figure(figure, folder / "broken_guide.png")
 
 shared = total_correlation(model, guide, process, rows, times=[0.5, 1.0], seed=0)
 for t, value, stderr in zip(*(v.tolist() for v in shared[:3]), strict=True):
@@ -75,10 +98,10 @@ idata = to_arviz(model, guide, batch[:20], num_draws=500, seed=0)
 print("ArviZ groups:", ", ".join(str(group).strip("/") for group in idata.groups()))
 
 verdicts = inspect_pair(
-    *(model, guide, process, rows, arguments.out),
+    *(model, guide, process, rows, folder),
     title="swiss roll, VADD with prior N(0, I)",
     truth=roll.probabilities,
 )
 for question, verdict in verdicts.items():
     print(f"{question} {verdict.text}")
-print(f"wrote {arguments.out}/report.html")
+print(f"wrote {folder / 'report.html'} and {folder / 'broken_guide.png'}")

@@ -6,6 +6,7 @@ No class of this package is needed: a step program is a Pyro model over a masked
 """
 
 import argparse
+import math
 
 import pyro
 import pyro.distributions as dist
@@ -13,6 +14,7 @@ import torch
 from torch import nn
 
 from vadd_pyro import MaskedDiffusionELBO, data, exact_distribution, log_likelihood_bound, sample
+from vadd_pyro.inspection import pareto_k, posterior_draws, prior_draws, to_arviz
 
 parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
 parser.add_argument("--num-iterations", type=int, default=1500)
@@ -57,3 +59,19 @@ bound = log_likelihood_bound(model, guide, process, bits.sample(100), num_steps=
 print(f"entropy of the data {bits.entropy:.3f} nats, bound {-bound.mean()[0]:.3f} nats")
 print(f"one-step samples that are all equal: {100 * float(law.flatten()[[0, -1]].sum()):.1f} %")
 print(sample(model, process, num_samples=8, num_steps=1, seed=0).tolist())
+
+# Two rows, everything masked: which sign has the top latent, and can the guide be trusted?
+rows = process.corrupt(torch.tensor([[0, 0, 0, 0], [1, 1, 1, 1]]), 1.0)
+draws = posterior_draws(model, guide, rows, num_draws=1000, seed=0)
+k = pareto_k(draws.log_weights)
+evidence = draws.log_weights.logsumexp(0) - math.log(1000)
+prior = prior_draws(model, rows[:1], 1000, seed=0).sites["top"]
+print(f"top latent, prior: {prior.mean():.2f} ± {prior.std():.2f}")
+for i, row in enumerate(rows.x_0.tolist()):
+    top = draws.sites["top"][:, i]
+    print(
+        f"top latent given {row}: {top.mean():.2f} ± {top.std():.2f}, k-hat {k[i]:.2f}, "
+        f"p(row) {evidence[i].exp():.3f}"
+    )
+idata = to_arviz(model, guide, rows, num_draws=500, seed=0)
+print("ArviZ posterior:", dict(idata.posterior.sizes))

@@ -159,6 +159,20 @@ def test_codes_are_uniform_with_ties_broken_at_random(guide, t):
     assert p_values.min() > 1e-3
 
 
+def test_a_likelihood_that_is_always_the_same_has_uniform_ranks():
+    """All values are ties up to rounding, which is not the same on both sides."""
+
+    def model(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+            law = dist.Categorical(logits=torch.tensor([0.3, 1.0, 0.1]).expand(len(batch), 2, 3))
+            pyro.sample("x_0", law.mask(batch.target).to_event(1), obs=batch.x_0)
+
+    batch = MaskingProcess(3, 2).corrupt(torch.zeros(2000, 2).long(), 1.0)
+    result = calibrate_guide(model, prior_guide, batch, seed=0)
+    assert result.p_values.min() > 1e-3
+
+
 @pytest.mark.parametrize("power", [0.0, 3.0])
 def test_codes_of_a_wrong_guide_are_seen(power):
     batch = MaskingProcess(3, 2).corrupt(torch.randint(3, (2000, 2)), 1.0)

@@ -313,7 +313,8 @@ def test_codes_are_summed_though_the_guide_draws_them(guide):
     assert float(result.value) == pytest.approx(value, abs=4 * float(result.stderr))
 
 
-def test_codes_beside_a_continuous_latent_are_summed_at_its_draws():
+@pytest.mark.parametrize("has_code", [False, True])
+def test_codes_beside_a_continuous_latent_are_summed_unless_the_guide_draws_them(has_code):
     def model(batch):
         with pyro.plate("data", len(batch), dim=-1):
             code = pyro.sample("c", dist.Categorical(torch.tensor([0.7, 0.3])))
@@ -325,6 +326,8 @@ def test_codes_beside_a_continuous_latent_are_summed_at_its_draws():
 
     def guide(batch):
         with pyro.plate("data", len(batch), dim=-1):
+            if has_code:
+                pyro.sample("c", dist.Categorical(torch.tensor([0.5, 0.5])))
             pyro.sample("z", dist.Normal(1.0 - batch.x_0.float().mean(-1), 1.5))
 
     points, weights = torch.tensor([-1.0, 2.0]), torch.tensor([0.7, 0.3])

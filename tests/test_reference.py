@@ -206,10 +206,10 @@ def plates(batch):
 
 
 def test_sites_in_inner_plates_keep_their_supports():
-    batch = observed(torch.tensor([[0.5, 1.5], [1.0, 1.1]]))
+    batch = observed(torch.tensor([[0.5, 1.5]]))
     reference = reference_posterior(plates, batch, seed=0, max_plate_nesting=2, **SHORT)
     scale, part = reference.draws.sites["scale"], reference.draws.sites["part"]
-    assert part.shape == (640, 2, 2)
+    assert part.shape == (640, 1, 2)
     assert ((part > 0) & (part < scale.unsqueeze(-1))).all()
     points = torch.linspace(0.02, 8, 400).double()
     inside = torch.distributions.Normal(batch.x_0.double().unsqueeze(-1), 0.5)
