@@ -338,3 +338,68 @@ def test_what_cannot_be_inspected_is_refused_before_any_work(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(ValueError, match="cannot be written"):
         inspect_pair(model, guide, PROCESS, many, tmp_path / "file")
+
+
+def test_latents_in_plates_inside_the_data_plate_keep_their_place():
+    """One size of the plate is one, which must not be mistaken for no plate."""
+    process = MaskingProcess(3, 2)
+
+    def program(size, loc=None):
+        def inner(batch):
+            with pyro.plate("data", len(batch), dim=-1):
+                w = pyro.sample("w", dist.Normal(0.0 if loc is None else loc, 1.0))
+                with pyro.plate("inner", size, dim=-2):
+                    u = pyro.sample("u", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                if loc is None:
+                    total = w + u.sum(-1).sum(-2)[..., None, :]
+                    logits = total[..., None, None] * torch.arange(3.0).expand(2, 3)
+                    law = TokenCategorical(logits, batch.target)
+                    pyro.sample("x_0", law, obs=batch.x_0)
+
+        return inner
+
+    for size in (1, 3):
+        model, guide = program(size), program(size, 0.2)
+        batch = process.corrupt(X[:4], 1.0)
+        draws = posterior_draws(model, guide, batch, 50, seed=0, max_plate_nesting=2)
+        assert draws.sites["w"].shape == (50, 4)
+        assert draws.sites["u"].shape == (50, 4, size, 2)
+        total = draws.sites["w"] + draws.sites["u"].sum((-1, -2))
+        law = (total[..., None] * torch.arange(3.0)).log_softmax(-1)
+        expected = sum(
+            law.gather(-1, batch.x_0[:, j].expand(50, 4).unsqueeze(-1))[..., 0] for j in (0, 1)
+        )
+        assert torch.allclose(draws.log_likelihood, expected, atol=1e-5)
+        joint = model_log_density(model, batch, draws.sites, max_plate_nesting=2)
+        log_r = guide_log_density(guide, batch, draws.sites, max_plate_nesting=2)
+        assert torch.allclose(draws.log_weights, joint - log_r, atol=1e-4)
+        assert prior_draws(model, batch, 7, max_plate_nesting=2).tokens.shape == (7, 4, 2)
+
+
+def test_a_latent_whose_law_depends_on_a_summed_code_is_weighed_against_the_mixture():
+    means = torch.tensor([-2.0, 0.0, 1.0])
+    shares = torch.tensor([0.2, 0.3, 0.5])
+
+    def model(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            c = pyro.sample("c", dist.Categorical(shares))
+            z = pyro.sample("z", dist.Normal(means[c], 0.5))
+            logits = z[..., None, None] * torch.arange(3.0).expand(2, 3)
+            pyro.sample("x_0", TokenCategorical(logits, batch.target), obs=batch.x_0)
+
+    def guide(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            pyro.sample("z", dist.Normal(0.0, 1.5))
+
+    batch = PROCESS.corrupt(X[:3], 1.0)
+    for number in (3, 50):  # three draws are as many as codes
+        draws = posterior_draws(model, guide, batch, number, seed=0)
+        z = draws.sites["z"]
+        assert z.shape == draws.sites["c"].shape == (number, 3)
+        prior = (dist.Normal(means, 0.5).log_prob(z[..., None]) + shares.log()).logsumexp(-1)
+        law = (z[..., None] * torch.arange(3.0)).log_softmax(-1)
+        picked = [law.gather(-1, batch.x_0[:, j].expand(number, 3)[..., None]) for j in (0, 1)]
+        expected = prior + sum(p[..., 0] for p in picked)
+        assert torch.allclose(model_log_density(model, batch, {"z": z}), expected, atol=1e-4)
+        log_r = dist.Normal(0.0, 1.5).log_prob(z)
+        assert torch.allclose(draws.log_weights, expected - log_r, atol=1e-4)

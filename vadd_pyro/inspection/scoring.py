@@ -32,7 +32,21 @@ __all__ = [
 
 
 class Replay(Recorder):
-    """Replays values kept as ``(S, B) + inner + event`` at sites ``(S, inner ..., B) + event``."""
+    """Replays values kept as ``(S, B) + inner + event`` at sites ``(S, inner ..., B) + event``.
+
+    Args:
+        replay, enumerate_sites, first_dim: as for :class:`~vadd_pyro.recorder.Recorder`; supports
+            stand left of the draws, whose dimension is the one right of ``first_dim``.
+    """
+
+    def __init__(
+        self,
+        replay: Mapping[str, Tensor] | None,
+        enumerate_sites: Callable[[dict[str, Any]], bool] | None,
+        first_dim: int,
+    ) -> None:
+        super().__init__(replay, enumerate_sites, first_dim)
+        self.num_dims = -1 - first_dim  # draws, inner plates, rows
 
     def _process_message(self, msg: Any) -> None:
         if self.replay is None or msg["type"] != "sample" or msg["name"] not in self.replay:
@@ -41,30 +55,25 @@ class Replay(Recorder):
         if msg["is_observed"]:
             return
         value = self.replay[msg["name"]]
-        fn = msg["fn"]
-        event = fn.event_dim
+        event = msg["fn"].event_dim
         value = value.movedim(1, value.dim() - 1 - event)
-        missing = len(fn.batch_shape) - (value.dim() - event)
-        if missing > 0:  # plates that the site does not stand in
-            value = value.reshape(len(value), *(1,) * missing, *value.shape[1:])
-        msg["value"] = value
+        missing = self.num_dims - (value.dim() - event)  # plates that the site does not stand in
+        msg["value"] = value.reshape(len(value), *(1,) * missing, *value.shape[1:])
         msg["done"] = True
 
 
 def kept(site: Site, num_draws: int, num_rows: int) -> Tensor:
-    """The value of a site as ``(S, B) + inner + event``."""
-    event = site.fn.event_dim
-    batch = site.value.shape[: site.value.dim() - event]
-    shape = torch.broadcast_shapes(batch, site.fn.batch_shape, (num_rows,))
-    if len(shape) == 1:
-        shape = (1, *shape)
-    value = site.value.expand(*shape, *site.value.shape[site.value.dim() - event :])
-    value = value.movedim(len(shape) - 1, 1)
-    within = {f.dim for f in site.frames if f.dim is not None and f.dim < -1}
-    for dim in range(len(shape) - 1, 1, -1):  # inner plates, the innermost last
-        if value.shape[dim] == 1 and dim - len(shape) not in within:
-            value = value.squeeze(dim)
-    return value.expand(num_draws, *value.shape[1:])
+    """The value of a site of a run with draws as ``(S, B) + inner + event``."""
+    sizes = {f.dim: f.size for f in site.frames if f.dim is not None}
+    num_dims = -min(sizes)  # the plate of draws is the leftmost
+    event = site.value.shape[site.value.dim() - site.fn.event_dim :]
+    inner = [sizes.get(dim, 1) for dim in range(1 - num_dims, -1)]
+    value = site.value.expand(num_draws, *inner, num_rows, *event)
+    value = value.movedim(num_dims - 1, 1)
+    for dim in range(-2, -num_dims, -1):
+        if dim not in sizes:
+            value = value.squeeze(dim + num_dims + 1)
+    return value
 
 
 class Scored(NamedTuple):
