@@ -117,6 +117,19 @@ def test_a_shifted_guide_of_the_exact_family_has_an_amortisation_gap_alone(refer
         assert parameter.grad is None
 
 
+def test_a_guide_that_draws_on_the_way_to_its_law_is_bridged_by_one_law(reference):
+    class Restless(Gaussian):
+        def forward(self, batch):
+            with pyro.plate("data", len(batch), dim=-1):
+                loc = self.mean(batch.x_0) + 0.3 * torch.randn(2)
+                pyro.sample("z", dist.MultivariateNormal(loc, scale_tril=self.scale_tril))
+
+    guide = Restless(TRIL, torch.zeros(2)).requires_grad_(False)
+    gaps = inference_gaps(linear, guide, BATCH, reference=reference, seed=3)
+    assert_near(gaps.log_evidence, log_evidence(), gaps.log_evidence_stderr, 0.0)
+    assert (gaps.log_evidence_stderr < 0.1).all()
+
+
 def test_parts_add_up_to_the_whole_gap(reference):
     guide = Gaussian(0.5 * TRIL, torch.zeros(2))
     gaps = inference_gaps(linear, guide, BATCH, reference=reference, num_iterations=2, seed=0)
