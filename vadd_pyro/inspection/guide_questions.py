@@ -79,7 +79,7 @@ def single_rows(s: Survey) -> Section:
     spread = true.std(0).clamp_min(1e-6)
     distance = ((mine.mean(0) - true.mean(0)).abs() / spread).amax(-1)
     three = [0, len(chosen) // 2, len(chosen) - 1]
-    with s.figure("guide_and_reference.png", 3, 3.6) as axes:
+    with s.figure("guide_and_reference.png", 3, 3.2, width=8.4) as axes:
         for ax, i, word in zip(axes, three, ("best", "median", "worst"), strict=True):
             plotting.compare_posteriors(
                 mine[:, i].cpu(), true[:, i].cpu(), ax, names=names, codes=s.discrete

@@ -47,12 +47,14 @@ class Section(NamedTuple):
     figures: list[tuple[str, str]]
 
 
-def _line(verdict: Verdict) -> str:
+def _line(verdict: Verdict, before: str = "") -> str:
     mark, word = _MARKS[verdict.level], _WORDS[verdict.level]
-    said = escape(verdict.text)
-    return (
-        f'<p class="verdict {verdict.level}"><span class="mark">{mark} {word}</span>: {said}</p>'
-    )
+    said = f'{before}<span class="mark">{mark} {word}</span>: {escape(verdict.text)}'
+    return f'<p class="verdict {verdict.level}">{said}</p>'
+
+
+def _link(place: int, section: Section) -> str:
+    return f'<a href="#question-{place}">{escape(section.title)}</a> '
 
 
 def page(title: str, intro: str, sections: Sequence[Section], facts: Sequence[str]) -> str:
@@ -72,9 +74,10 @@ def page(title: str, intro: str, sections: Sequence[Section], facts: Sequence[st
         f"<h1>{escape(title)}</h1>",
         f"<p>{escape(intro)}</p>",
     ]
-    parts += [_line(verdict) for section in sections for verdict in section.verdicts]
-    for section in sections:
-        parts.append(f"<h2>{escape(section.title)}</h2>")
+    for place, section in enumerate(sections):
+        parts += [_line(verdict, _link(place, section)) for verdict in section.verdicts]
+    for place, section in enumerate(sections):
+        parts.append(f'<h2 id="question-{place}">{escape(section.title)}</h2>')
         parts += [_line(verdict) for verdict in section.verdicts]
         for name, caption in section.figures:
             parts.append(

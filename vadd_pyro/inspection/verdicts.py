@@ -133,7 +133,7 @@ def pareto_verdict(k: Tensor, log_weights: Tensor, exact: bool) -> Verdict:
         return Verdict(level, text, numbers)
     share, median = float((fitted > 0.7).double().mean()), float(fitted.median())
     numbers |= {"share_above_0.7": share, "median": median}
-    level = "good" if share <= 0.05 else "warning" if share <= 0.25 else "bad"
+    level = "good" if share <= 0.05 else "warning" if share <= 0.5 else "bad"
     text = (
         f"k̂ > 0.7 on {100 * share:.0f} % of {len(fitted)} rows (median {median:.2f}; above 0.7 "
         f"the guide misses mass of the posterior and weights cannot mend it); {said} at the "
