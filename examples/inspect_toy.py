@@ -95,7 +95,7 @@ for t, value, stderr in zip(*(v.tolist() for v in shared[:3]), strict=True):
 
 # ArviZ from here on: az.summary(idata), az.plot_pair(idata, ...), idata.to_netcdf(...).
 idata = to_arviz(model, guide, batch[:20], num_draws=500, seed=0)
-print("ArviZ groups:", ", ".join(str(group).strip("/") for group in idata.groups()))
+print("ArviZ posterior:", dict(idata.posterior.sizes))
 
 verdicts = inspect_pair(
     *(model, guide, process, rows, folder),

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from vadd_pyro import data, log_likelihood_bound, sample, zoo
+from vadd_pyro import cli, data, log_likelihood_bound, sample, zoo
 from vadd_pyro.checkpoints import save_checkpoint
 from vadd_pyro.runs import find_runs, load_run, save_run
 
@@ -74,3 +74,49 @@ def test_weights_of_another_model_are_refused(tmp_path):
         load_run(tmp_path)
     with pytest.raises(ValueError, match="configuration lacks prior"):
         save_run(tmp_path, pair.model, pair.guide, {k: 1 for k in parts if k != "prior"})
+
+
+FEW = ("--num-rows", "100", "--num-draws", "30", "--no-progress")
+
+
+def test_inspect_writes_a_report_into_each_run_below_a_folder(tmp_path, capsys):
+    saved(tmp_path / "a", "none")
+    saved(tmp_path / "b", "categorical")
+    assert cli.main(["inspect", str(tmp_path), *FEW]) == 0
+    said = capsys.readouterr().out
+    for name in ("a", "b"):
+        report = tmp_path / name / "inspection" / "report.html"
+        assert str(report) in said
+        assert "moons" in report.read_text()
+    assert "the model has no latent" in said
+    assert cli.main(["inspect", f"{tmp_path / 'a'}/", "--out", str(tmp_path / "c"), *FEW]) == 0
+    assert (tmp_path / "c" / "posterior.nc").exists()
+
+
+def test_inspect_refuses_by_name_and_goes_on_with_the_other_runs(tmp_path, capsys):
+    assert cli.main(["inspect", str(tmp_path / "none")]) == 1
+    assert "no run.pt" in capsys.readouterr().err
+    saved(tmp_path / "good", "none")
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "run.pt").write_bytes(b"no checkpoint")
+    assert cli.main(["inspect", str(tmp_path), *FEW]) == 1
+    both = capsys.readouterr()
+    assert "bad/run.pt cannot be read" in both.err
+    assert "wrote" in both.out
+    assert cli.main(["inspect", str(tmp_path), "--out", str(tmp_path / "x"), *FEW]) == 1
+    assert "holds 2 runs" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        cli.main(["inspect", str(tmp_path), "--num-rows", "0"])
+    assert cli.main(["inspect", str(tmp_path / "good"), "--num-rows", "50"]) == 1
+    assert "expected at least 100" in capsys.readouterr().err
+
+
+def test_a_run_without_weights_or_of_unknown_parts_is_refused(tmp_path):
+    parts = {"data": "moons", "vocab_size": 8, "prior": "none", "guide": "auto", **SIZES}
+    save_checkpoint(tmp_path / "run.pt", {"configuration": parts})
+    with pytest.raises(ValueError, match=r"run\.pt is a checkpoint, but no run"):
+        load_run(tmp_path)
+    parts["data"] = "mars"
+    save_checkpoint(tmp_path / "run.pt", {"configuration": parts, "model": {}, "guide": {}})
+    with pytest.raises(ValueError, match=r"run\.pt: its pair cannot be built: data must be among"):
+        load_run(tmp_path)

@@ -221,18 +221,24 @@ def _inspect(arguments: argparse.Namespace) -> int:
             f"--out is one folder, but {arguments.run} holds {len(runs)} runs: name one of "
             + ", ".join(str(run) for run in runs)
         )
+    failed = 0
     for folder in runs:
-        verdicts = inspect_run(
-            folder,
-            arguments.out,
-            num_rows=arguments.num_rows,
-            num_draws=arguments.num_draws,
-            num_reference_rows=arguments.num_reference_rows,
-            seed=arguments.seed,
-            progress=not arguments.no_progress,
-        )
-        print(verdicts)
-    return 0
+        try:
+            print(
+                inspect_run(
+                    folder,
+                    arguments.out,
+                    num_rows=arguments.num_rows,
+                    num_draws=arguments.num_draws,
+                    num_reference_rows=arguments.num_reference_rows,
+                    seed=arguments.seed,
+                    progress=not arguments.no_progress,
+                )
+            )
+        except (ValueError, OSError, ArithmeticError) as error:  # the other runs go on
+            print(f"vadd-pyro: {folder}: {error}", file=sys.stderr)
+            failed += 1
+    return 1 if failed else 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:

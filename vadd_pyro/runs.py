@@ -123,14 +123,19 @@ def load_run(folder: str | Path) -> Run:
     """
     path = Path(folder) / FILE
     content = load_checkpoint(path)
-    configuration = content.get("configuration")
-    if not isinstance(configuration, dict) or any(n not in configuration for n in _PARTS):
+    parts = [content.get(name) for name in ("configuration", "model", "guide")]
+    whole = all(isinstance(part, dict) for part in parts)
+    configuration = content["configuration"] if whole else {}
+    if any(name not in configuration for name in _PARTS):
         raise ValueError(f"{path} is a checkpoint, but no run: expected one written by save_run")
-    density = data.named(configuration["data"], configuration["vocab_size"])
-    process = density.process()
     sizes = {name: configuration[name] for name in ("latent_dim", "num_codes", "hidden_dim")}
-    with torch.random.fork_rng():
-        pair = zoo.build(configuration["prior"], configuration["guide"], process, **sizes)
+    try:
+        density = data.named(configuration["data"], configuration["vocab_size"])
+        process = density.process()
+        with torch.random.fork_rng():
+            pair = zoo.build(configuration["prior"], configuration["guide"], process, **sizes)
+    except (ValueError, TypeError) as error:
+        raise ValueError(f"{path}: its pair cannot be built: {error}") from error
     _restore(pair.model, content["model"], path, "model")
     _restore(pair.guide, content["guide"], path, "guide")
     return Run(configuration, pair.model, pair.guide, process, density)

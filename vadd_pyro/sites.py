@@ -21,6 +21,7 @@ from vadd_pyro.recorder import Recorder, Site
 __all__ = [
     "PARTICLES",
     "Layout",
+    "check_between",
     "check_fit",
     "check_pair",
     "check_summed",
@@ -198,6 +199,7 @@ class Layout:
                         f"site {site.name!r} stands in a plate at dim {dim}, but "
                         f"max_plate_nesting is {row_plates}: pass max_plate_nesting={-dim}"
                     )
+            check_between(site, row_plates)
 
     def reduce(self, value: Tensor) -> Tensor:
         """Sum over plates between the rows and the particles, keeping their dimensions."""
@@ -216,6 +218,20 @@ class Layout:
         if not values:
             return torch.zeros(self.num_rows, device=self.device)
         return functools.reduce(torch.add, values)
+
+
+def check_between(site: Site, row_plates: int) -> None:
+    """Check that a site has nothing at dimensions of plates that it does not stand in: it would be
+    summed as if those were its factors, and particles among them.
+    """
+    shape, own = site.fn.batch_shape, plate_dims(site)
+    for dim in range(-row_plates, -1):
+        if len(shape) >= -dim and shape[dim] != 1 and dim not in own:
+            raise ValueError(
+                f"site {site.name!r} has size {shape[dim]} at dim {dim}, where it stands in no "
+                "plate: keep dimensions when summing over an inner plate (keepdim=True), so that "
+                "those of particles stay to the left"
+            )
 
 
 def plate_dims(site: Site) -> list[int]:

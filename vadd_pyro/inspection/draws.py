@@ -39,12 +39,26 @@ from vadd_pyro.sites import check_pair, data_plate, is_row_site
 
 __all__ = [
     "LatentDraws",
+    "codes",
     "posterior_draws",
     "posterior_predictive",
     "prior_draws",
 ]
 
 _CHUNK = 2**23  # logits held at once
+
+
+def codes(value: Tensor) -> Tensor | None:
+    """Discrete latents ``(S, B) + event``, integers or one-hot vectors, as the numbers of their
+    codes, ``(S, B, L)`` long; None for real numbers.
+    """
+    if not value.is_floating_point():
+        return value.reshape(*value.shape[:2], -1).long()
+    if value.dim() < 3 or value.shape[-1] < 2:
+        return None
+    if not bool(((value == 0) | (value == 1)).all() and (value.sum(-1) == 1).all()):
+        return None
+    return value.argmax(-1).reshape(*value.shape[:2], -1)
 
 
 @dataclass(frozen=True)
@@ -81,14 +95,16 @@ class LatentDraws:
     def columns(self) -> tuple[Tensor, list[str]]:
         """All latents side by side as numbers, ``(S, B, d)``, and their names, such as ``"z[3]"``.
 
-        Codes are their numbers.
+        Codes, one-hot ones too, are their numbers.
         """
         values, names = [], []
         for name, value in self.sites.items():
-            flat = value.reshape(*value.shape[:2], -1)
+            numbers = codes(value)
+            flat = value.reshape(*value.shape[:2], -1) if numbers is None else numbers
             values.append(flat.to(torch.get_default_dtype()))
             width = flat.shape[-1]
-            names += [name] if value.dim() == 2 else [f"{name}[{i}]" for i in range(width)]
+            single = value.dim() == 2 or (numbers is not None and width == 1)
+            names += [name] if single else [f"{name}[{i}]" for i in range(width)]
         if not values:
             return torch.zeros(self.num_draws, len(self.batch), 0), []
         return torch.cat(values, -1), names

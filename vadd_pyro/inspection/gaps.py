@@ -71,6 +71,8 @@ class InferenceGaps(NamedTuple):
         refined_elbo_stderr: its error.
         amortisation_stderr: error of the difference of the two bounds, whose draws share their
             random numbers.
+        trained: whether the guide had anything to train; if not, both bounds are of the guide as
+            it is, and their gap cannot be split.
     """
 
     log_evidence: Tensor
@@ -80,6 +82,7 @@ class InferenceGaps(NamedTuple):
     refined_elbo: Tensor
     refined_elbo_stderr: Tensor
     amortisation_stderr: Tensor
+    trained: bool
 
     @property
     def approximation(self) -> Tensor:
@@ -146,6 +149,7 @@ def inference_gaps(
         if reference is None and has_density:
             reference = reference_posterior(model, batch, seed=seeds[0], **options)
         columns = []
+        trained = False
         for b, own_seed in enumerate(seeds):
             row = batch[b : b + 1]
             (refined,) = refine_guide(
@@ -165,22 +169,27 @@ def inference_gaps(
             assert before is not None
             assert after is not None
             before, after = before[:, 0].double(), after[:, 0].double()
-            if reference is None:
-                evidence = _importance(after)
-            elif reference.draws.exact:
+            if reference is not None and reference.draws.exact:
                 assert reference.draws.log_weights is not None
                 value = reference.draws.log_weights[:, b].double().mean()
-                evidence = value, torch.zeros_like(value)
+                log_p = value, torch.zeros_like(value)
+            elif reference is None or not has_density:
+                log_p = _importance(after)
             else:
                 log_ratios = _log_ratios(
                     model, refined, row, reference, b, num_draws, own_seed + 2, options
                 )
                 effective = float(reference.effective_size[b])
-                evidence = _bridge(*log_ratios, effective, reference.num_chains)
+                log_p = _bridge(*log_ratios, effective, reference.num_chains)
+            trained = trained or refined is not guide
             columns.append(
-                torch.stack([*evidence, *_mean(before), *_mean(after), _mean(after - before)[1]])
+                torch.stack([*log_p, *_mean(before), *_mean(after), _mean(after - before)[1]])
             )
-    return InferenceGaps(*torch.stack(columns, 1).to(torch.get_default_dtype()))
+    values = torch.stack(columns, 1).to(torch.get_default_dtype())
+    evidence, evidence_error, elbo, elbo_error, refined_elbo, refined_error, error = values
+    return InferenceGaps(
+        evidence, evidence_error, elbo, elbo_error, refined_elbo, refined_error, error, trained
+    )
 
 
 def _check_reference(reference: ReferencePosterior, batch: MaskedBatch) -> None:

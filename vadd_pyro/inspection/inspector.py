@@ -32,6 +32,16 @@ __all__ = ["inspect_pair"]
 _ARVIZ_ROWS = 64
 
 
+def _answered(ask: Callable[[Survey], Section], survey: Survey) -> Section:
+    """The answer to a question; what one of them cannot say must not cost the others."""
+    try:
+        return ask(survey)
+    except (ValueError, TypeError, ArithmeticError, RuntimeError) as error:
+        title = (ask.__doc__ or ask.__name__).strip()
+        text = f"could not be answered: {type(error).__name__}: {error}"
+        return Section(title, [Verdict("note", text, {})], [])
+
+
 def inspect_pair(
     model: Callable[..., Any],
     guide: Callable[..., Any],
@@ -96,7 +106,7 @@ def inspect_pair(
         questions.append(writing)
         sections: list[Section] = []
         for ask in tqdm(questions, desc="inspect", disable=not progress):
-            sections.append(ask(survey))
+            sections.append(_answered(ask, survey))
         rows = survey.batch[:_ARVIZ_ROWS]
         data = to_arviz(model, guide, rows, num_draws, seed=seed, log_likelihood=True, **options)
         save_netcdf(data, folder / "posterior.nc")

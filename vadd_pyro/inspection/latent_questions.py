@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from typing import Any
+import math
+from itertools import pairwise
 
 import torch
 from torch import Tensor
+from torch.nn.functional import one_hot
 
 from vadd_pyro import plotting
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.inspection import verdicts
 from vadd_pyro.inspection.aggregate import aggregate_codes, aggregate_posterior
+from vadd_pyro.inspection.draws import codes
 from vadd_pyro.inspection.over_time import (
     statistics_over_time,
     total_correlation,
@@ -19,7 +22,7 @@ from vadd_pyro.inspection.over_time import (
 from vadd_pyro.inspection.page import Section
 from vadd_pyro.inspection.survey import Survey
 from vadd_pyro.inspection.walks import latent_path, token_probabilities
-from vadd_pyro.monitor import latent_statistics
+from vadd_pyro.monitor import LatentStatistics, latent_statistics
 
 __all__ = ["aggregate", "coupling", "meaning", "usage"]
 
@@ -55,7 +58,7 @@ def usage(s: Survey) -> Section:
     return Section(title, [verdicts.latent_verdict(start)], [("latent_over_time.png", caption)])
 
 
-def _at_start(s: Survey) -> Any:
+def _at_start(s: Survey) -> LatentStatistics:
     nesting = s.options["max_plate_nesting"]
     elbo = MaskedDiffusionELBO(s.process, max_plate_nesting=nesting)
     rows = s.batch[:500]
@@ -65,20 +68,23 @@ def _at_start(s: Survey) -> Any:
 
 
 def coupling(s: Survey) -> Section:
-    """What is VADD for?"""
+    """What does it couple?"""
     found = total_correlation(s.model, s.guide, s.process, s.x_0, _TIMES, seed=s.seed, **s.options)
     truth = None
     if s.truth is not None:
         truth = true_total_correlation(s.truth, s.process, _TIMES)
+    error = torch.hypot(found.stderr, (found.upper - found.lower) / 2)
     with s.figure("total_correlation.png", height=3.6) as (ax,):
         plotting.total_correlation_plot(
-            found.times, found.value, found.stderr, ax, truth=truth, gain=found.gain
+            found.times, found.value, error, ax, truth=truth, gain=found.gain
         )
     verdict = verdicts.coupling_verdict(
         float(found.value[-1]),
         float(found.stderr[-1]),
+        (float(found.lower[-1]), float(found.upper[-1])),
         None if truth is None else float(truth[-1]),
-        s.has_latent,
+        has_latent=s.has_latent,
+        length=s.process.length,
     )
     caption = (
         "Total correlation: how much the masked positions share when all are written in one step "
@@ -92,7 +98,7 @@ def coupling(s: Survey) -> Section:
 
 
 def meaning(s: Survey) -> Section:
-    """What does the latent encode?"""
+    """What does it encode?"""
     figures = []
     z, names = s.draws.columns()
     rows = s.draws.batch.x_0
@@ -115,95 +121,85 @@ def meaning(s: Survey) -> Section:
             "token will be. Colours mixed everywhere: it does not."
         )
         figures.append(("latent_space.png", caption))
-    sites, column = _most_telling(s)
-    path = latent_path(s.prior, sites, column)
-    shown = list(range(min(s.process.length, _MOST_POSITIONS)))
-    probabilities = token_probabilities(s.model, s.batch[:1], path.values, **s.options)[:, 0]
-    height = min(7.0, max(3.0, 0.9 + 0.3 * len(shown)))
-    with s.figure("traversal.png", 2, height) as axes:
-        plotting.latent_traversal(
-            probabilities[:, shown].cpu(),
-            axes[0],
-            path=path.coordinate.cpu(),
-            name=path.name,
-            positions=[f"x[{i}]" for i in shown],
-        )
-        _second_path(s, axes[1], sites, column, shown)
-    caption = (
-        "What the decoder would write at each position as the latent moves along one coordinate, "
-        "the others at the median of the prior. Left: the coordinate that varies most between "
-        "rows; right: the next one. Bands that move together are positions that this coordinate "
-        "ties."
-    )
-    figures.append(("traversal.png", caption))
+    figures.append(_traversal(s))
     if s.process.length == 2 and s.process.vocab_size <= _PAIR_TOKENS:
         figures.append(_laws(s))
     return Section("What does it encode?", [], figures)
 
 
-def _most_telling(s: Survey, place: int = 0) -> tuple[str, int]:
-    """The coordinate whose posterior mean varies most between rows, or a later one in order."""
-    variances = []
+def _telling(s: Survey) -> list[tuple[str, int]]:
+    """Coordinates of the latent by how much of their variance lies between rows."""
+    shares = []
     for name, value in s.draws.sites.items():
-        columns = value.double().reshape(*value.shape[:2], -1)
-        mean = columns.mean(0)
-        spread = columns.flatten(0, 1).var(0).clamp_min(1e-12)
-        share = mean.var(0) / spread
-        variances += [(float(share[i]), name, i) for i in range(len(share))]
-    variances.sort(reverse=True)
-    _, name, column = variances[min(place, len(variances) - 1)]
-    return name, column
+        numbers = codes(value)
+        if numbers is None:
+            columns = value.double().reshape(*value.shape[:2], -1)
+            share = columns.mean(0).var(0) / columns.flatten(0, 1).var(0).clamp_min(1e-12)
+        else:  # of the indicators of all codes together
+            p = one_hot(numbers).double().mean(0)
+            spread = (p.mean(0) * (1 - p.mean(0))).sum(-1)
+            share = p.var(0).sum(-1) / spread.clamp_min(1e-12)
+        shares += [(float(share[i]), name, i) for i in range(len(share))]
+    shares.sort(key=lambda entry: -entry[0])
+    return [(name, column) for _, name, column in shares]
 
 
-def _second_path(s: Survey, ax: Any, site: str, column: int, shown: list[int]) -> None:
-    """The path along the second coordinate, or an empty panel where there is none."""
-    other = _most_telling(s, 1)
-    if other == (site, column):
-        ax.set_axis_off()
-        return
-    path = latent_path(s.prior, *other)
-    probabilities = token_probabilities(s.model, s.batch[:1], path.values, **s.options)[:, 0]
-    plotting.latent_traversal(
-        probabilities[:, shown].cpu(),
-        ax,
-        path=path.coordinate.cpu(),
-        name=path.name,
-        positions=[f"x[{i}]" for i in shown],
-    )
+def _traversal(s: Survey) -> tuple[str, str]:
+    """The decoder along the two most telling coordinates."""
+    chosen = _telling(s)[:2]
+    shown = list(range(min(s.process.length, _MOST_POSITIONS)))
+    height = min(7.0, max(3.0, 0.9 + 0.3 * len(shown)))
+    with s.figure("traversal.png", len(chosen), height) as axes:
+        for ax, (site, column) in zip(axes, chosen, strict=True):
+            path = latent_path(s.prior, site, column)
+            p = token_probabilities(s.model, s.batch[:1], path.values, **s.options)[:, 0]
+            plotting.latent_traversal(
+                p[:, shown].cpu(),
+                ax,
+                path=path.coordinate.cpu(),
+                name=path.name,
+                positions=[f"x[{i}]" for i in shown],
+            )
+    if s.discrete:
+        caption = (
+            "What the decoder would write at each position for each code; codes have no order. "
+            "Positions whose bands change together are tied by the code."
+        )
+    else:
+        caption = (
+            "What the decoder would write at each position as the latent moves along one "
+            "coordinate, the others in the middle of the prior. Bands that move together are "
+            "positions that this coordinate ties."
+        )
+    if len(chosen) > 1:
+        caption += " Left: the coordinate that tells rows apart best; right: the next one."
+    return "traversal.png", caption
 
 
 def _laws(s: Survey) -> tuple[str, str]:
     """One-step laws given parts of the latent, for rows of two tokens."""
-    z, names = s.prior.columns()
-    z = z[:, 0]
-    site, column = _most_telling(s)
-    own = list(s.prior.sites).index(site)
-    before = sum(v[0, 0].numel() for v in list(s.prior.sites.values())[:own])
-    moved = z[:, before + column]
+    site, column = _telling(s)[0]
+    value = s.prior.sites[site]
+    numbers = codes(value)
+    name = latent_path(s.prior, site, column).name if numbers is not None else f"{site}[{column}]"
     p = token_probabilities(s.model, s.batch[:1], s.prior.sites, **s.options)[:, 0].double()
-    if s.discrete:
+    if numbers is not None:
+        moved = numbers[:, 0, column]
         values, counts = moved.unique(return_counts=True)
-        kept = values[counts.argsort(descending=True)][:_PANELS]
-        groups = [(moved == v, str(int(v))) for v in kept]
-        of = f"the most frequent values of {names[before + column]}"
+        ordered = values[counts.argsort(descending=True)].tolist()
+        laws, labels = _far_apart([(str(v), _pairs(p[moved == v])) for v in ordered])
+        of = "codes that differ most, from the most frequent on"
     else:
-        edges = moved.quantile(torch.linspace(0, 1, _PANELS + 1, dtype=moved.dtype))
-        groups = []
-        for i in range(_PANELS):
-            inside = (moved >= edges[i]) & (moved <= edges[i + 1])
-            label = f"{float(edges[i]):.1f} to {float(edges[i + 1]):.1f}"
-            groups.append((inside, label))
-        of = f"equal shares of the prior along {names[before + column]}"
-    laws = torch.stack(
-        [
-            torch.einsum("sk,sl->kl", p[inside, 0], p[inside, 1]) / inside.sum()
-            for inside, _ in groups
-        ]
-    )
-    with s.figure("laws_by_latent.png", len(groups), 2.1, width=7.2) as axes:
-        plotting.laws_by_latent(laws.cpu(), [label for _, label in groups], axes)
-        heading = f"What one step writes, by {names[before + column]}"
-        axes[0].figure.suptitle(heading, fontsize=9)
+        moved = value[:, 0].reshape(len(value), -1)[:, column]
+        edges = moved.quantile(torch.linspace(0, 1, _PANELS + 1).to(moved))
+        place = torch.searchsorted(edges[1:-1].contiguous(), moved.contiguous())
+        laws = [_pairs(p[place == i]) for i in range(_PANELS)]
+        ends = edges.tolist()
+        labels = [f"{a:.1f} to {b:.1f}" for a, b in pairwise(ends)]
+        of = f"equal shares of the prior along {name}"
+    with s.figure("laws_by_latent.png", len(laws), 2.1, width=7.2) as axes:
+        plotting.laws_by_latent(torch.stack(laws).cpu(), labels, axes)
+        axes[0].figure.suptitle(f"What one step writes, by {name}", fontsize=9)
     caption = (
         f"What one step writes given part of the latent: {of}. Each panel is a law over pairs of "
         "tokens, made of products of independent tokens; their mixture is what the sampler "
@@ -212,10 +208,35 @@ def _laws(s: Survey) -> tuple[str, str]:
     return "laws_by_latent.png", caption
 
 
+def _pairs(p: Tensor) -> Tensor:
+    """The law over pairs of tokens that are independent given each latent, ``(n, 2, K)``."""
+    return torch.einsum("sk,sl->kl", p[:, 0], p[:, 1]) / len(p)
+
+
+def _far_apart(laws: list[tuple[str, Tensor]]) -> tuple[list[Tensor], list[str]]:
+    """Some laws, each as far as can be from those before it, in total variation."""
+    chosen = [0]
+    while len(chosen) < min(_PANELS, len(laws)):
+        nearest = [min(float((law - laws[i][1]).abs().sum()) for i in chosen) for _, law in laws]
+        chosen.append(max(range(len(laws)), key=lambda i: nearest[i]))
+    return [laws[i][1] for i in chosen], [laws[i][0] for i in chosen]
+
+
 def aggregate(s: Survey) -> Section:
     """Does the aggregate posterior fill the prior?"""
-    found = aggregate_posterior(s.model, s.guide, s.batch, seed=s.seed, **s.options)
-    verdict = verdicts.aggregate_verdict(found.accuracy, found.stderr, found.p_value, found.holes)
+    found = aggregate_posterior(
+        s.model, s.guide, s.batch, num_prior_draws=500, seed=s.seed + 2, **s.options
+    )
+    start = _at_start(s)
+    information = start.mutual_information
+    verdict = verdicts.aggregate_verdict(
+        found.accuracy,
+        found.stderr,
+        found.p_value,
+        None if found.holes is None else (found.holes, found.holes_stderr or 0.0),
+        # Where rows are nearly told apart, what lies between their posteriors is no hole.
+        not s.discrete and (information is None or information > math.log(start.num_rows) - 2),
+    )
     if s.discrete:
         used, law = _code_laws(s)
         with s.figure("aggregate_posterior.png", width=7.2) as (ax,):

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from vadd_pyro.process import MaskedBatch
 from vadd_pyro.recorder import Recorder, Site, run
-from vadd_pyro.sites import PARTICLES, Layout, check_summed
+from vadd_pyro.sites import PARTICLES, Layout, check_between, check_summed
 
 __all__ = [
     "Replay",
@@ -97,6 +97,8 @@ def scored(guide: Recorder, model: Recorder, batch: MaskedBatch, row_plates: int
     layout = Layout(guide, model, batch.target.any(-1), row_plates, True)
     for name, site in model.sites.items():
         if not layout.rows[name]:
+            if site.observed and name != "x_0":
+                continue  # the same factor for all latents of a row
             raise ValueError(
                 f"site {name!r} stands outside the data plate: draws and diagnostics are per row; "
                 "condition it, or move it into the plate"
@@ -180,6 +182,7 @@ def guide_log_density(
             )
     total = torch.zeros(number, len(batch), device=batch.x_t.device)
     for site in inferred.sites.values():
+        check_between(site, max_plate_nesting)
         log_r = site.log_prob()
         total = total + log_r.reshape(number, -1, len(batch)).sum(1)
     return total

@@ -12,7 +12,7 @@ from typing import Any
 from torch import Tensor
 
 from vadd_pyro import plotting
-from vadd_pyro.inspection.draws import posterior_draws, prior_draws
+from vadd_pyro.inspection.draws import codes, posterior_draws, prior_draws
 from vadd_pyro.process import MaskingProcess
 
 __all__ = ["Survey"]
@@ -42,12 +42,13 @@ class Survey:
         self.seed, self.options = seed, options
         self.batch = process.corrupt(x_0, 1.0)
         self.prior = prior_draws(model, self.batch[:1], 5000, seed=seed, **options)
+        # A seed of its own: draws from equal noise would be alike.
         self.draws = posterior_draws(
-            model, guide, self.batch[:300], num_draws, seed=seed, **options
+            model, guide, self.batch[:300], num_draws, seed=seed + 1, **options
         )
         self.has_latent = bool(self.prior.sites)
         self.discrete = self.has_latent and all(
-            not value.is_floating_point() for value in self.prior.sites.values()
+            codes(value) is not None for value in self.prior.sites.values()
         )
 
     @contextmanager

@@ -29,7 +29,7 @@ from torch import Tensor
 
 from vadd_pyro._version import __version__
 from vadd_pyro.inspection.conversion import MIN_DRAWS, build, psis_k
-from vadd_pyro.inspection.draws import posterior_draws, posterior_predictive, prior_draws
+from vadd_pyro.inspection.draws import codes, posterior_draws, posterior_predictive, prior_draws
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 from vadd_pyro.sampling import seeded
 
@@ -186,7 +186,7 @@ def _latents(sites: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, list[s
         rank = value.dim() - 2
         if rank < 2:
             names = [own] * rank
-        elif rank == 2 and _one_hot(value):
+        elif rank == 2 and value.is_floating_point() and codes(value) is not None:
             names = [f"{own}_factor", f"{own}_code"]
         else:
             names = [f"{own}_{i}" for i in range(rank)]
@@ -200,11 +200,6 @@ def _latents(sites: dict[str, Tensor]) -> tuple[dict[str, str], dict[str, list[s
         taken.add(variable)
         variables[name] = variable
     return variables, {variables[name]: dims for name, dims in by_site.items()}
-
-
-def _one_hot(value: Tensor) -> bool:
-    """Whether the last dimension holds one-hot codes."""
-    return bool(((value == 0) | (value == 1)).all() and (value.sum(-1) == 1).all())
 
 
 def _array(value: Tensor) -> np.ndarray:

@@ -5,6 +5,7 @@ The thresholds are the ones that the field uses where it has some, and stated wi
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -16,7 +17,9 @@ __all__ = [
     "Verdict",
     "aggregate_verdict",
     "calibration_verdict",
+    "codes_verdict",
     "coupling_verdict",
+    "effective_share",
     "gap_verdict",
     "latent_verdict",
     "pareto_verdict",
@@ -51,56 +54,86 @@ def latent_verdict(statistics: LatentStatistics | None) -> Verdict:
     if statistics is None:
         return Verdict("note", "the model has no latent", {})
     kl, information = statistics.kl, statistics.mutual_information
+    most = math.log(max(1, statistics.num_rows))
     numbers = {
         "kl": kl,
         "mutual_information": information,
         "active_units": statistics.active_units,
         "num_units": statistics.num_units,
         "share_at_prior": statistics.share_at_prior,
+        "num_rows": statistics.num_rows,
     }
     said = f"KL {kl:.2f} nats"
     if information is not None:
-        said += f", mutual information of row and latent {information:.2f} nats"
+        least = information > most - 1  # rows that are told apart cannot be told more apart
+        bound = f"at least {information:.2f} nats (of {most:.2f} that {statistics.num_rows} rows "
+        bound += "can show)"
+        value = bound if least else f"{information:.2f} nats"
+        said += f", mutual information of row and latent {value}"
     units = f"{statistics.active_units} of {statistics.num_units} latent units active"
     if kl < _USED:
-        text = f"collapsed: the posterior is the prior ({said}; below {_USED} nats)"
-        return Verdict("bad", f"{text}; {units}", numbers)
+        text = f"collapsed: the posterior is the prior ({said}; below {_USED} nats); {units}"
+        return Verdict("bad", text, numbers)
     if information is not None and information < _USED:
         text = (
-            f"collapsed: the guide differs from the prior but tells no rows apart ({said}; below "
-            f"{_USED} nats)"
+            "collapsed: the guide differs from the prior but tells no rows apart "
+            f"({said}; below {_USED} nats); {units}"
         )
-        return Verdict("bad", f"{text}; {units}", numbers)
+        return Verdict("bad", text, numbers)
     return Verdict("good", f"healthy: {said}; {units}", numbers)
 
 
 def coupling_verdict(
-    value: float, stderr: float, truth: float | None, has_latent: bool
+    value: float,
+    stderr: float,
+    bounds: tuple[float, float],
+    truth: float | None,
+    *,
+    has_latent: bool,
+    length: int,
 ) -> Verdict:
     """How much of what positions share, when all are written at once, does the latent carry?
 
     Args:
         value, stderr: total correlation of the model's one-step law at t = 1, nats.
+        bounds: what the estimate's own error leaves of it.
         truth: that of the data, nats; None if it is not known.
         has_latent: whether the model has one.
+        length: positions of a row.
     """
-    numbers = {"total_correlation": value, "stderr": stderr, "of_the_data": truth}
-    said = f"{value:.3f} nats ± {stderr:.3f}"
+    lower, upper = bounds
+    numbers = {
+        "total_correlation": value,
+        "stderr": stderr,
+        "lower": lower,
+        "upper": upper,
+        "of_the_data": truth,
+    }
+    data = "" if truth is None else f"; those of the data share {truth:.3f} nats"
+    if length < 2:
+        return Verdict("note", "rows of one position have nothing to couple", numbers)
     if not has_latent:
-        wanted = "" if truth is None else f", where those of the data share {truth:.3f} nats"
-        text = f"no latent: positions written together are independent{wanted}"
-        return Verdict("note", text, numbers)
-    if truth is None:
-        level = "good" if value > _USED else "bad"
         return Verdict(
-            level, f"positions written at once share {said} through the latent", numbers
+            "note", f"no latent: positions written together are independent{data}", numbers
         )
+    if upper - lower > max(0.1, 0.2 * abs(value)):
+        text = (
+            f"between {max(0.0, lower):.2f} and {upper:.2f} nats: not resolved with this guide, "
+            f"whose draws miss the posterior{data}"
+        )
+        return Verdict("note", text, numbers)
+    error = math.hypot(stderr, (upper - lower) / 2)
+    said = f"{value:.3f} nats ± {error:.3f}"
+    if truth is None:
+        level = "good" if value - 2 * error > _USED else "note"
+        text = f"positions written at once share {said} through the latent"
+        return Verdict(level, text, numbers)
     if truth < _USED:
         text = f"the positions of the data share {truth:.3f} nats, the model's {said}"
         return Verdict("note", text, numbers)
-    share = value / truth
-    numbers["share"] = share
-    level = "good" if 0.9 < share < 1.1 else "warning" if 0.5 < share < 1.5 else "bad"
+    numbers["share"] = share = value / truth
+    off = max(0.0, abs(value - truth) - 2 * error) / truth
+    level = "good" if off < 0.1 else "warning" if off < 0.5 else "bad"
     text = (
         f"written all at once, positions share {said} through the latent, {100 * share:.0f} % of "
         f"the {truth:.3f} nats that those of the data share"
@@ -118,32 +151,46 @@ def pareto_verdict(k: Tensor, log_weights: Tensor, exact: bool) -> Verdict:
         exact: whether the posterior is computed exactly.
     """
     if exact:
-        return Verdict("good", "the posterior is summed exactly: no guide to be trusted", {})
-    effective = 1 / (len(log_weights) * log_weights.double().softmax(0).square().sum(0))
+        text = "no guide is needed: the posterior is summed exactly"
+        return Verdict("good", text, {})
+    effective = effective_share(log_weights)
+    low = float(effective.quantile(0.05))
     fitted = k[~k.isnan()]
     numbers: dict[str, float | None] = {
         "num_rows": len(k),
         "num_fitted": len(fitted),
         "median_effective_share": float(effective.median()),
+        "low_effective_share": low,
     }
-    said = f"the weights are worth {100 * float(effective.median()):.0f} % of the draws"
+    said = (
+        f"the weights are worth {100 * float(effective.median()):.0f} % of the draws at the "
+        f"median row, {100 * low:.0f} % or less at one row in twenty"
+    )
     if len(fitted) == 0:
-        level = "good" if float(effective.quantile(0.05)) > 0.5 else "warning"
-        text = f"weights of a few values only, whose tail has no k̂; at the median row {said}"
-        return Verdict(level, text, numbers)
+        text = f"weights of a few values only, whose tail has no k̂; {said}"
+        return Verdict("good" if low > 0.5 else "warning", text, numbers)
     share, median = float((fitted > 0.7).double().mean()), float(fitted.median())
     numbers |= {"share_above_0.7": share, "median": median}
-    level = "good" if share <= 0.05 else "warning" if share <= 0.5 else "bad"
+    level = "good" if share <= 0.05 else "warning" if share <= 0.25 or low > 0.5 else "bad"
+    use = ""
+    if level == "warning" and low > 0.5:
+        use = "; good enough for training and bounds, not for reweighting"
     text = (
-        f"k̂ > 0.7 on {100 * share:.0f} % of {len(fitted)} rows (median {median:.2f}; above 0.7 "
-        f"the guide misses mass of the posterior and weights cannot mend it); {said} at the "
-        "median row"
+        f"k̂ > 0.7 on {100 * share:.0f} % of {len(fitted)} rows (median {median:.2f}), where the "
+        f"guide is too light in the tails; {said}{use}"
     )
     return Verdict(level, text, numbers)
 
 
+def effective_share(log_weights: Tensor) -> Tensor:
+    """What importance weights ``(S, B)`` are worth, as a share of as many equal ones, ``(B,)``
+    (Kish 1965).
+    """
+    return 1 / (len(log_weights) * log_weights.double().softmax(0).square().sum(0))
+
+
 def gap_verdict(
-    approximation: Tensor, amortisation: Tensor, elbo: Tensor, stderr: float
+    approximation: Tensor, amortisation: Tensor, elbo: Tensor, stderr: float, *, trained: bool
 ) -> Verdict:
     """What does the guide lose, and would a wider family or a longer training win it back?
 
@@ -151,65 +198,103 @@ def gap_verdict(
         approximation, amortisation: gaps of each row, ``(B,)`` nats.
         elbo: the bound of each row, ``(B,)`` nats.
         stderr: standard error of the mean of both together.
+        trained: whether the guide had anything that could be refined.
     """
     first, second = float(approximation.mean()), float(amortisation.mean())
+    total = first + second
     numbers = {
-        "approximation": first,
-        "amortisation": second,
+        "approximation": first if trained else None,
+        "amortisation": second if trained else None,
+        "gap": total,
         "stderr": stderr,
         "elbo": float(elbo.mean()),
         "num_rows": len(elbo),
     }
-    total = first + second
-    level = "good" if total < 0.1 else "warning" if total < 0.5 else "bad"
-    what = "a wider family" if first > second else "longer training of the guide, or refinement,"
-    advice = "" if total < 0.1 else f"; {what} would win most of it back"
+    level = "good" if total < 0.1 + 2 * stderr else "warning" if total < 0.5 else "bad"
     text = (
-        f"the bound lies {total:.3f} nats (± {stderr:.3f}) below the evidence: {first:.3f} by the "
-        f"family, {second:.3f} by amortisation, on {len(elbo)} rows{advice}"
+        f"the bound lies {total:.3f} nats (± {stderr:.3f}) below the evidence on {len(elbo)} rows"
     )
+    if total < 2 * stderr:
+        text = (
+            f"the bound is the evidence within its error of {stderr:.3f} nats on {len(elbo)} rows"
+        )
+    if not trained:
+        text += "; the guide has nothing to train, so that the gap cannot be split"
+        return Verdict(level, text, numbers)
+    text += f": {first:.3f} by the family, {second:.3f} by amortisation"
+    if level != "good" and abs(first - second) > 2 * stderr:
+        better = "a wider family" if first > second else "longer training of the guide"
+        text += f"; {better} would win most of it back"
     return Verdict(level, text, numbers)
 
 
-def calibration_verdict(p_value: float, worst: str, shape: str, num_rows: int) -> Verdict:
+def calibration_verdict(
+    p_value: float, worst: str, shape: str, deviation: float, num_rows: int
+) -> Verdict:
     """Are the guide's posteriors right on average over what the model itself writes?
 
     Args:
         p_value: of uniform ranks, over all quantities.
-        worst: the quantity with the smallest.
+        worst: the quantity that is farthest from uniform.
         shape: how its ranks deviate, in words.
+        deviation: largest difference of a share of ranks from uniform.
         num_rows: how many simulations.
     """
-    numbers = {"p_value": p_value, "num_rows": num_rows}
+    numbers = {"p_value": p_value, "deviation": deviation, "num_rows": num_rows}
     if p_value > 0.01:
         text = f"ranks are uniform as far as {num_rows} simulations can tell (p = {p_value:.2g})"
         return Verdict("good", text, numbers)
+    how = "" if shape in ("uniform", "uneven") else f": the guide is {shape} there"
     text = (
-        f"ranks are not uniform (p = {p_value:.2g}, {num_rows} simulations): the guide is {shape} "
-        f"in {worst}"
+        f"ranks are not uniform in {worst} (p = {p_value:.2g} in {num_rows} simulations, shares "
+        f"off by up to {deviation:.2f}){how}"
     )
-    return Verdict("warning", text, numbers)
+    return Verdict("bad" if deviation > 0.1 else "warning", text, numbers)
 
 
 def aggregate_verdict(
-    accuracy: float, stderr: float, p_value: float, hole_share: float | None
+    accuracy: float,
+    stderr: float,
+    p_value: float,
+    holes: tuple[float, float] | None,
+    saturated: bool,
 ) -> Verdict:
     """Does the aggregate posterior fill the prior?
 
     Args:
         accuracy, stderr: of a classifier that tells the two apart; one half if it cannot.
         p_value: of that.
-        hole_share: share of prior mass where the aggregate posterior has less than a tenth of the
-            prior's density.
+        holes: share of prior mass where the aggregate posterior has less than a tenth of the
+            prior's density, and its standard error; None where it cannot be had.
+        saturated: whether the rows are so far apart in the latent that their own posteriors
+            leave gaps, whatever the aggregate of all data would be.
     """
-    numbers = {"accuracy": accuracy, "p_value": p_value, "hole_share": hole_share}
-    said = f"a classifier tells them apart with accuracy {accuracy:.3f} ± {stderr:.3f}"
-    holes = ""
-    if hole_share is not None:
-        holes = f"; {100 * hole_share:.1f} % of the prior's mass lies in holes"
-    worst = max(accuracy - 0.5, hole_share or 0.0)
+    share, error = (None, None) if holes is None else holes
+    numbers = {
+        "accuracy": accuracy,
+        "p_value": p_value,
+        "hole_share": share,
+        "hole_stderr": error,
+    }
+    apart = p_value < 0.01
+    text = (
+        f"a classifier tells them apart with accuracy {accuracy:.3f} ± {stderr:.3f}"
+        if apart
+        else f"a classifier cannot tell them apart (accuracy {accuracy:.3f} ± {stderr:.3f})"
+    )
+    text += ", where .5 is chance"
+    worst = max(0.0, accuracy - 0.5 - 2 * stderr) if apart else 0.0
+    if share is None or error is None:
+        pass
+    elif saturated:
+        text += "; holes cannot be seen with this number of rows, each of which has its own place"
+    elif share == 0:
+        text += "; no holes found in the prior"
+    else:
+        text += f"; {100 * share:.1f} % (± {100 * error:.1f}) of the prior's mass lies in holes"
+        worst = max(worst, share - 2 * error)
     level = "good" if worst < 0.05 else "warning" if worst < 0.2 else "bad"
-    return Verdict(level, f"{said} (one half: the same){holes}", numbers)
+    return Verdict(level, text, numbers)
 
 
 def reference_verdict(distance: Tensor, r_hat: Tensor) -> Verdict:
@@ -236,5 +321,22 @@ def reference_verdict(distance: Tensor, r_hat: Tensor) -> Verdict:
     text = (
         f"means of guide and reference differ by {float(distance.median()):.2f} posterior "
         f"standard deviations at the median row, {worst:.2f} at the worst of {len(distance)}"
+    )
+    return Verdict(level, text, numbers)
+
+
+def codes_verdict(distance: Tensor) -> Verdict:
+    """Does a guide over codes agree with their exact posterior on single rows?
+
+    Args:
+        distance: total variation between the two on each row, ``(B,)``.
+    """
+    worst = float(distance.max())
+    numbers = {"largest_distance": worst, "median_distance": float(distance.median())}
+    level = "good" if worst < 0.1 else "warning" if worst < 0.3 else "bad"
+    text = (
+        f"total variation between the guide and the exact posterior of the codes is "
+        f"{float(distance.median()):.2f} at the median row, {worst:.2f} at the worst of "
+        f"{len(distance)}"
     )
     return Verdict(level, text, numbers)

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from vadd_pyro.distributions import token_logits
-from vadd_pyro.inspection.draws import LatentDraws, prior_draws
+from vadd_pyro.inspection.draws import LatentDraws, codes, prior_draws
 from vadd_pyro.inspection.scoring import Replay, particles
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
 from vadd_pyro.programs import evaluation
@@ -85,7 +85,7 @@ def token_probabilities(
         recorder = Replay(values, None, -2 - max_plate_nesting)
         inside = particles(number, max_plate_nesting)
         sites = run(model, recorder, batch.without_data(), *args, inside=inside).sites
-    missing = [name for name in sites if name != "x_0" and name not in values]
+    missing = [n for n, s in sites.items() if n != "x_0" and not s.observed and n not in values]
     if missing:
         raise ValueError(f"values lack the latents {', '.join(missing)}: got {sorted(values)}")
     logits = token_logits(sites["x_0"].fn)
@@ -124,15 +124,22 @@ def latent_path(
     check_size("num_points", num_points, least=2)
     flat = {name: value.flatten(0, 1) for name, value in draws.sites.items()}
     moved = flat[site]
-    width = moved[0].numel()
+    numbers = codes(draws.sites[site])
+    width = moved[0].numel() if numbers is None else numbers.shape[-1]
     if not 0 <= column < width:
         raise ValueError(f"column must lie in 0..{width - 1} for site {site!r}, got {column}")
-    name = site if moved.dim() == 1 else f"{site}[{column}]"
+    name = (
+        site if moved.dim() == 1 or (numbers is not None and width == 1) else f"{site}[{column}]"
+    )
     others = {n: _middle(value) for n, value in flat.items()}
-    if not moved.is_floating_point():
-        coordinate = torch.arange(int(moved.max()) + 1, device=moved.device)
-        path = others[site].reshape(1, -1).repeat(len(coordinate), 1)
+    if numbers is not None:
+        one_hot = moved.is_floating_point()
+        number = moved.shape[-1] if one_hot else int(moved.max()) + 1
+        coordinate = torch.arange(number, device=moved.device)
+        path = numbers.flatten(0, 1).mode(0).values.repeat(number, 1)
         path[:, column] = coordinate
+        if one_hot:
+            path = torch.nn.functional.one_hot(path, number).to(moved.dtype)
     elif _on_sphere(moved):
         coordinate = torch.linspace(-180.0, 180.0, num_points, device=moved.device)
         angle = torch.deg2rad(coordinate)
@@ -153,9 +160,13 @@ def latent_path(
 
 
 def _middle(value: Tensor) -> Tensor:
-    """A latent in the middle of its draws ``(N,) + event``."""
-    if not value.is_floating_point():
-        return value.mode(0).values
+    """A latent in the middle of its draws ``(N,) + event``; of codes, the most frequent."""
+    numbers = codes(value.unsqueeze(1))
+    if numbers is not None:
+        mode = numbers.flatten(0, 1).mode(0).values
+        if value.is_floating_point():
+            mode = torch.nn.functional.one_hot(mode, value.shape[-1]).to(value.dtype)
+        return mode.reshape(value.shape[1:])
     if _on_sphere(value):
         mean = value.mean(0)
         return mean / mean.norm().clamp_min(torch.finfo(mean.dtype).tiny)
