@@ -81,8 +81,8 @@ def test_names_on_the_command_line_are_those_of_the_package():
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "examples").glob("*.py")))
-def test_examples_run(script):
-    result = run(str(ROOT / "examples" / script), "--num-iterations", "3")
+def test_examples_run(script, tmp_path):
+    result = run(str(ROOT / "examples" / script), "--num-iterations", "3", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert result.stdout.strip()
 
