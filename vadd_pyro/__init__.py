@@ -35,7 +35,8 @@ from vadd_pyro.times import (
 )
 from vadd_pyro.training import History, NonFiniteLossError, fit, fit_guide
 
-from vadd_pyro import data, guides, metrics, models, nn  # isort: skip
+from vadd_pyro import data, guides, inspection, metrics, models, nn, plotting  # isort: skip
+from vadd_pyro.inspection import to_arviz  # isort: skip
 
 
 __all__ = [
@@ -73,13 +74,16 @@ __all__ = [
     "fit",
     "fit_guide",
     "guides",
+    "inspection",
     "latent_statistics",
     "log_likelihood_bound",
     "metrics",
     "models",
     "nn",
     "optimize_time_grid",
+    "plotting",
     "sample",
     "tempered",
+    "to_arviz",
     "unroll",
 ]
