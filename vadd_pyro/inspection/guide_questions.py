@@ -51,19 +51,21 @@ def trust(s: Survey) -> Section:
             "covers the posterior well; above 0.7 it is too light in the tails, and single draws "
             "carry the weights. Right: " + caption[0].lower() + caption[1:]
         )
-    said = [verdicts.pareto_verdict(k, weights, False), _calibration(found, len(s.batch))]
+    said = [verdicts.pareto_verdict(k, weights, False), _calibration(found, s)]
     return Section(title, said, [("guide.png", caption)])
 
 
-def _calibration(found: Calibration, num_rows: int) -> Verdict:
+def _calibration(found: Calibration, s: Survey) -> Verdict:
     """The verdict, on the latent that is farthest off where one is, else on the likelihood."""
     words = found.shapes()
     wrong = [name for name in found.names[:-1] if words[name] != "uniform"] or found.names
     worst = min(wrong, key=lambda name: float(found.p_values[found.names.index(name)]))
+    shape = "uneven" if s.discrete else words[worst]  # codes have no order to be wide in
+    num_rows = len(found.ranks)
     shares = found.counts().double().cumsum(0) / num_rows
     uniform = torch.linspace(0, 1, found.num_bins + 1, dtype=torch.double)[1:].unsqueeze(-1)
     deviation = float((shares.cpu() - uniform).abs().max())
-    return verdicts.calibration_verdict(found.p_value, worst, words[worst], deviation, num_rows)
+    return verdicts.calibration_verdict(found.p_value, worst, shape, deviation, num_rows)
 
 
 def single_rows(s: Survey) -> Section:
