@@ -29,7 +29,7 @@ LAYERS = [
     {"annealing", "divergences", "estimators", "densities"},
     {"elbo", "orders", "sampling", "tempering"},
     {"integration"},
-    {"chain", "exact", "grids", "information", "likelihood", "monitor", "trainer"},
+    {"chain", "exact", "grids", "infilling", "information", "likelihood", "monitor", "trainer"},
     {"inspection", "training"},
     {"demo", "cells", "compare", "panels", "report", "runs", "zoo"},
     {"cli", "__main__"},

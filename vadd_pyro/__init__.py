@@ -12,6 +12,7 @@ from vadd_pyro.distributions import DiagonalNormal, TokenCategorical
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.exact import exact_bound, exact_distribution, exact_distributions
 from vadd_pyro.grids import optimize_time_grid
+from vadd_pyro.infilling import Infilling, infill
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
 from vadd_pyro.monitor import LatentStatistics, latent_statistics
 from vadd_pyro.process import MaskedBatch, MaskingProcess
@@ -51,6 +52,7 @@ __all__ = [
     "FunctionSchedule",
     "GridTimes",
     "History",
+    "Infilling",
     "LatentStatistics",
     "LinearAnnealing",
     "LinearSchedule",
@@ -74,6 +76,7 @@ __all__ = [
     "fit",
     "fit_guide",
     "guides",
+    "infill",
     "inspection",
     "latent_statistics",
     "log_likelihood_bound",
