@@ -129,7 +129,8 @@ def fit(
         model, guide: the pair; modules, or functions whose parameters live in Pyro's store.
         elbo: the loss.
         data: clean tokens ``(N, D)``, or a function ``data(batch_size) -> (batch_size, D)`` that
-            draws fresh rows.
+            draws fresh rows. One with a method ``at(iteration, batch_size)``, such as those of
+            ``DataSet.batches``, is resumed exactly.
         num_iterations: number of updates in all, those before a resume included.
         batch_size: rows per update.
         learning_rate: step size of Adam after the warm-up.
@@ -183,10 +184,12 @@ def fit(
             f"{type(data).__name__}"
         )
     else:
-        draw_data, fingerprint = data, "drawn by a function"
+        draw_data, at = data, getattr(data, "at", None)
+        fingerprint = getattr(data, "fingerprint", "drawn by a function")
 
         def batches(iteration: int) -> Tensor:
-            return process.check_tokens(draw_data(batch_size), "data").to(device)
+            rows = draw_data(batch_size) if at is None else at(iteration, batch_size)
+            return process.check_tokens(rows, "data").to(device)
 
     configuration = {
         "num_iterations": num_iterations,
