@@ -1,0 +1,169 @@
+"""What all decoders and recognition networks of this package promise, and check."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vadd_pyro.nn.conditioning import TokenCode, full_precision
+from vadd_pyro.nn.mlp import normal_parameters
+from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
+
+__all__ = ["Decoder", "Features", "NormalEncoder", "status_of"]
+
+
+class Decoder(nn.Module):
+    r"""A decoder ``mu(x_t, z, t)``; a subclass writes ``_logits``.
+
+    Args:
+        process: gives vocabulary size ``K`` and length ``D``.
+        latent_dim: size ``d`` of the latent; 0 for a model without one.
+        time_conditioning: whether the time is fed to the network.
+
+    Shapes:
+        ``x_t (B, D)``, ``z (..., B, d)`` or anything that broadcasts with it such as ``(C, 1,
+        d)``, ``t (B,)``; returns ``(..., B, D, K)``.
+    """
+
+    def __init__(
+        self, process: MaskingProcess, latent_dim: int, *, time_conditioning: bool
+    ) -> None:
+        super().__init__()
+        check_size("latent_dim", latent_dim, least=0)
+        self.latent_dim = latent_dim
+        self.length = process.length
+        self.vocab_size = process.vocab_size
+        self.time_conditioning = time_conditioning
+
+    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        if x_t.dim() != 2 or x_t.shape[1] != self.length:
+            raise ValueError(f"x_t must have shape (batch, {self.length}), got {tuple(x_t.shape)}")
+        if z is None and self.latent_dim:
+            raise ValueError(f"z must have latent_dim = {self.latent_dim} numbers, got None")
+        if z is not None:
+            self._check_latent(z, len(x_t))
+        shared = self.shared_states(x_t, z)
+        if shared is not None and len(shared[0]) < len(x_t):
+            return self._logits(shared[0], z, t).index_select(-3, shared[1])
+        return self._logits(x_t, z, t)
+
+    def _check_latent(self, z: Tensor, num_rows: int) -> None:
+        if not self.latent_dim:
+            raise ValueError(
+                f"the decoder has latent_dim = 0 and would ignore z {tuple(z.shape)}: give it the "
+                "size of the latent"
+            )
+        if z.shape[-1:] != (self.latent_dim,):
+            raise ValueError(
+                f"z must have latent_dim = {self.latent_dim} as its last dimension, got "
+                f"{tuple(z.shape)}"
+            )
+        # One row may meet many latents, too.
+        if z.dim() > 1 and z.shape[-2] != num_rows and 1 not in (z.shape[-2], num_rows):
+            raise ValueError(
+                f"z must have one latent a row, shape (..., {num_rows}, {self.latent_dim}), or "
+                f"one for all rows, got {tuple(z.shape)}"
+            )
+
+    def shared_states(self, x_t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor] | None:
+        """The distinct rows ``(U, D)``, and which of them each row is, ``(B,)``, where equal rows
+        have equal logits: if the latents of a support are laid out for all rows, and the time does
+        not count. None elsewhere.
+        """
+        same_for_all_rows = z is not None and z.dim() > 2 and z.shape[-2] == 1
+        # Dropout would make equal rows differ.
+        if not same_for_all_rows or self.time_conditioning or len(x_t) < 2 or self._drops():
+            return None
+        return x_t.unique(dim=0, return_inverse=True)
+
+    def _drops(self) -> bool:
+        return self.training and any(m.p > 0 for m in self.modules() if isinstance(m, nn.Dropout))
+
+
+class Features(nn.Module):
+    """Recognition features ``(B, F)`` of ``x_0`` and of which positions are visible, masked and
+    targeted; a subclass writes ``_features``.
+
+    They must tell the mask, or what is built on them cannot know what the latent is needed for,
+    and collapses; and the targets, for the bound of a T-step sampler scores those alone.
+
+    Args:
+        process: gives vocabulary size and length.
+        feature_dim: ``F``.
+        tokens: vectors of the clean tokens.
+
+    Shapes:
+        a :class:`MaskedBatch` of ``B`` rows gives ``(B, F)``.
+    """
+
+    def __init__(self, process: MaskingProcess, feature_dim: int, tokens: TokenCode) -> None:
+        super().__init__()
+        check_size("feature_dim", feature_dim)
+        self.length = process.length
+        self.vocab_size = process.vocab_size
+        self.feature_dim = feature_dim
+        self.tokens = tokens
+
+    def _features(self, codes: Tensor, batch: MaskedBatch) -> Tensor:
+        raise NotImplementedError
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        if batch.x_0 is None:
+            raise ValueError("batch.x_0 is None: a recognition network needs the clean tokens")
+        if batch.x_0.shape[1] != self.length:
+            raise ValueError(
+                f"batch.x_0 must have shape (batch, {self.length}), got {tuple(batch.x_0.shape)}"
+            )
+        return self._features(self.tokens(batch.x_0), batch)
+
+    def soft(self, probabilities: Tensor, batch: MaskedBatch) -> Tensor:
+        """Features of rows that are not tokens but distributions over them.
+
+        Args:
+            probabilities: ``(..., B, D, K)``, in place of ``x_0``.
+            batch: says what is visible and targeted, ``B`` rows; its ``x_0`` is not read.
+
+        Returns:
+            ``(..., B, F)``.
+        """
+        if probabilities.shape[-2:] != (self.length, self.vocab_size):
+            raise ValueError(
+                f"probabilities must have shape (..., {self.length}, {self.vocab_size}), got "
+                f"{tuple(probabilities.shape)}"
+            )
+        return self._features(self.tokens.soft(probabilities), batch)
+
+
+def status_of(batch: MaskedBatch, like: Tensor) -> Tensor:
+    """Two numbers a position, ``(B, D, 2)``: whether it is masked, and whether it is a target."""
+    return torch.stack([batch.masked, batch.target], -1).to(like.dtype)
+
+
+class NormalEncoder(nn.Module):
+    """Recognition network: ``(z_loc, z_scale)``, each ``(B, d)``, from features.
+
+    Args:
+        features: :class:`Features`.
+        latent_dim: size ``d`` of the latent.
+    """
+
+    def __init__(self, features: Any, latent_dim: int) -> None:
+        super().__init__()
+        check_size("latent_dim", latent_dim)
+        self.latent_dim = latent_dim
+        self.features = features
+        self.head = nn.Linear(features.feature_dim, 2 * latent_dim)
+
+    def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        return normal_parameters(full_precision(self.head, self.features(batch)))
+
+    def soft(self, probabilities: Tensor, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
+        """``(z_loc, z_scale)`` of soft rows, as :meth:`Features.soft`."""
+        return normal_parameters(
+            full_precision(self.head, self.features.soft(probabilities, batch))
+        )
