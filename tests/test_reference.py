@@ -93,7 +93,7 @@ def test_codes_come_from_enumeration_with_exact_frequencies():
     truth = model_log_density(model, ROWS, {"z": codes}).softmax(0).T
     share = torch.nn.functional.one_hot(reference.draws.sites["z"], 4).float().mean(0)
     assert ((share - truth).abs() < 4.5 * (truth * (1 - truth) / 4000).sqrt()).all()
-    assert float(truth.std(-1).min()) > 0.02  # else any draws would do
+    assert float(truth.detach().std(-1).min()) > 0.02  # else any draws would do
 
 
 def directions(batch):
@@ -194,7 +194,10 @@ def test_codes_and_a_positive_rate_agree_with_brute_force():
     # The codes are drawn given the rate: no more correlated than that.
     for k, (code, coin) in enumerate(pairs):
         both = (draws.sites["code"] == code) & (draws.sites["coin"] == coin)
-        assert_mean(both.float(), weights[k].sum(0).float(), reference.effective_size)
+        # A rare pair may never be drawn, so its error is that of its probability.
+        share = weights[k].sum(0)
+        error = (share * (1 - share) / reference.effective_size).sqrt()
+        assert ((both.double().mean(0) - share).abs() < 4.5 * error + 1e-6).all()
     log_joint = model_log_density(mixed, ROWS, draws.sites)
     torch.testing.assert_close(draws.log_likelihood + draws.log_prior, log_joint)
 
