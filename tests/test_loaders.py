@@ -108,6 +108,19 @@ def test_three_files_are_the_three_parts(tmp_path, names):
         data.table(tmp_path / "nothing")
 
 
+def test_the_training_file_of_three_stands_for_the_three(tmp_path):
+    parts = [RNG.integers(3, size=(n, 4)) for n in (12, 5, 6)]
+    write_csv(tmp_path / "a.train.csv", parts[0])
+    alone = data.table(tmp_path / "a.train.csv", split=(6, 3, 3))
+    assert len(alone.rows("train")) == 6
+    for word, part in zip(("valid", "test"), parts[1:], strict=True):
+        write_csv(tmp_path / f"a.{word}.csv", part)
+    found = data.table(tmp_path / "a.train.csv")
+    for split, part in zip(("train", "valid", "test"), parts, strict=True):
+        assert (found.rows(split).numpy() == part).all()
+    assert found.name == "a"
+
+
 @pytest.mark.parametrize(
     ("content", "message"),
     [

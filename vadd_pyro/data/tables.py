@@ -178,6 +178,22 @@ def _three_files(path: Path) -> tuple[str, dict[str, Path]]:
     return stem or folder.name, group
 
 
+def _meant(path: Path) -> Path:
+    """The folder and name of a table in three files, where the training file itself is named:
+    splitting it would leave the other two out without a word.
+    """
+    match = _NAME.match(path.name)
+    if not path.is_file() or match is None or match["word"] not in _WORDS["train"]:
+        return path
+    stem = match["stem"] or ""
+    others = [_NAME.match(file.name) for file in path.parent.iterdir()]
+    beside = {m["word"] for m in others if m is not None and (m["stem"] or "") == stem}
+    three = all(beside & set(_WORDS[split]) for split in SPLITS)
+    if not three:
+        return path
+    return path.parent / stem if stem else path.parent
+
+
 def table(
     path: str | Path,
     vocab_size: int | None = None,
@@ -193,7 +209,7 @@ def table(
         path: a file; a folder that holds a training, a validation and a test file, such as
             ``nltcs.train.data``, ``nltcs.valid.data`` and ``nltcs.test.data`` (or ``.csv``,
             ``.tsv``, ``.txt``, each with ``.gz`` or not); or, where a folder holds several such
-            tables, the folder and the name, ``folder/nltcs``.
+            tables, the folder and the name, ``folder/nltcs``, or its training file.
         vocab_size: number of values ``K``; by default one more than the largest, at least 2.
         split: shares or numbers of rows for training, validation and test; of a single file only.
         seed: of that split.
@@ -206,7 +222,7 @@ def table(
     """
     if vocab_size is not None:
         check_size("vocab_size", vocab_size, least=2)
-    path = Path(path).expanduser()
+    path = _meant(Path(path).expanduser())
     if path.is_file():
         values = read_table(path, vocab_size, header)
         parts = [values[rows] for rows in split_indices(len(values), split, seed)]
