@@ -11,6 +11,7 @@ from vadd_pyro.guides.normal import (
     AmortizedMultivariateNormal,
     AmortizedNormal,
 )
+from vadd_pyro.guides.relative import RelativeNormal
 from vadd_pyro.guides.semi_amortized import SemiAmortizedNormal
 from vadd_pyro.guides.spherical import AmortizedSpherical
 
@@ -25,6 +26,7 @@ __all__ = [
     "AmortizedNormal",
     "AmortizedSpherical",
     "NoLatent",
+    "RelativeNormal",
     "SemiAmortizedNormal",
     "families_for",
     "for_prior",

@@ -7,6 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from vadd_pyro.nn.conditioning import full_precision
 from vadd_pyro.process import MaskedBatch
 
 __all__ = ["Features", "Head", "check_features"]
@@ -28,7 +29,7 @@ def check_features(features: Features) -> None:
 
 
 class Head(nn.Module):
-    """Features and a linear map of them: ``batch -> (B, n)``.
+    """Features and a linear map of them: ``batch -> (B, n)``, in full precision under autocast.
 
     Args:
         features: recognition features, ``batch -> (B, F)`` with an attribute ``feature_dim``.
@@ -46,4 +47,4 @@ class Head(nn.Module):
             self.linear.bias.zero_()
 
     def forward(self, batch: MaskedBatch) -> Tensor:
-        return self.linear(self.features(batch))
+        return full_precision(self.linear, self.features(batch))

@@ -7,7 +7,7 @@ say which families fit.
 prior's site             families, the default first
 ======================== ==============================================================
 ``"z"``, real vectors    ``mean_field``, ``low_rank``, ``full``, ``mixture``, ``flow``,
-                         ``semi_amortized``
+                         ``semi_amortized``; ``relative`` to a diagonal normal
 ``"z"``, unit vectors    ``spherical``
 ``"z"``, one code        ``none`` (summed out exactly), ``enumerate``, ``score``
 ``"z"``, several codes   ``none`` up to 4,096 combinations, ``score``, ``enumerate``
@@ -29,7 +29,7 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import biject_to
 
-from vadd_pyro.distributions import CodeCategorical, OneHotCodes
+from vadd_pyro.distributions import CodeCategorical, DiagonalNormal, OneHotCodes
 from vadd_pyro.guides.categorical import AmortizedCategorical, AmortizedCodes
 from vadd_pyro.guides.flow import AmortizedFlow
 from vadd_pyro.guides.hierarchical import AmortizedHierarchical
@@ -41,6 +41,7 @@ from vadd_pyro.guides.normal import (
     AmortizedNormal,
     NormalEncoder,
 )
+from vadd_pyro.guides.relative import RelativeNormal
 from vadd_pyro.guides.semi_amortized import SemiAmortizedNormal
 from vadd_pyro.guides.spherical import AmortizedSpherical
 from vadd_pyro.process import MaskedBatch
@@ -104,7 +105,7 @@ def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
         if support is constraints.sphere:
             return ("spherical",) if site.name == "z" else ()
         if _is_real(law) and len(law.event_shape) == 1 and site.name == "z":
-            return _REAL
+            return (*_REAL, "relative") if isinstance(law, DiagonalNormal) else _REAL
     discrete = [bool(getattr(site.fn, "has_enumerate_support", False)) for site in sites]
     if all(discrete):
         return ("none",)
@@ -197,10 +198,12 @@ def for_prior(
         )
     if own is not None:
         return AmortizedNormal(own)
-    return _build(family, sites, encoder, features, options)
+    return _build(family, prior, sites, encoder, features, options)
 
 
-def _build(family: str, sites: list[Site], encoder: Any, features: Any, options: Any) -> Any:
+def _build(
+    family: str, prior: Any, sites: list[Site], encoder: Any, features: Any, options: Any
+) -> Any:
     law: Any = sites[0].fn if sites else None
     size = law.event_shape[-1] if law is not None and law.event_shape else 1
     fits = getattr(encoder, "latent_dim", None) == size
@@ -211,6 +214,8 @@ def _build(family: str, sites: list[Site], encoder: Any, features: Any, options:
         if family == "mean_field":
             return AmortizedNormal(normal, **options)
         return SemiAmortizedNormal(normal, **options)
+    if family == "relative":
+        return RelativeNormal(features, size, prior, **options)
     if family in ("enumerate", "score") and not isinstance(law, CodeCategorical):
         return AmortizedCategorical(features, law.logits.shape[-1], family, **options)
     if family in ("enumerate", "score", "straight_through"):

@@ -22,19 +22,27 @@ from vadd_pyro.nn.conditioning import TokenCode
 PROCESS = MaskingProcess(vocab_size=3, length=16)
 SIZES: dict[str, dict[str, Any]] = {
     "Residual": dict(hidden_dim=16, num_blocks=2),
+    "Late": dict(hidden_dim=16, num_blocks=2, latent_hidden_dim=8),
     "UNet": dict(
         shape=(4, 4), hidden_dim=8, multipliers=(1, 2), num_blocks=1, num_heads=2, condition_dim=8
     ),
     "Transformer": dict(hidden_dim=16, num_layers=2, num_heads=2, condition_dim=8),
 }
 FAMILIES = pytest.mark.parametrize("family", SIZES)
+MLP: dict[str, Any] = dict(hidden_dim=16, num_layers=2, embedding_dim=4)
 TIMES = pytest.mark.parametrize("timed", [False, True], ids=["no time", "time"])
 
 
-def make(family: str, part: str, *args: Any, process: Any = PROCESS, **options: Any) -> Any:
+def fresh(family: str, part: str, *args: Any, process: Any = PROCESS, **options: Any) -> Any:
+    """A small network as training starts it."""
+    if part != "Decoder" and family == "Late":
+        family = "Residual"  # whose recognition networks a late decoder goes with
+    return getattr(backbones, family + part)(process, *args, **SIZES.get(family, MLP) | options)
+
+
+def make(family: str, part: str, *args: Any, **options: Any) -> Any:
     """A small network; its zeros are moved away from where training starts them."""
-    kind = getattr(backbones, family + part)
-    net = kind(process, *args, **SIZES[family] | options)
+    net = fresh(family, part, *args, **options)
     with torch.no_grad():
         for parameter in net.parameters():
             parameter.add_(0.3 * parameter.numel() ** -0.1 * torch.randn_like(parameter))
@@ -51,9 +59,9 @@ def rows(number: int = 5, process: MaskingProcess = PROCESS) -> Any:
 
 @FAMILIES
 def test_all_tokens_are_equally_likely_before_training(family):
-    net = getattr(backbones, family + "Decoder")(PROCESS, 2, **SIZES[family])
-    batch = rows()
-    assert (net(batch.x_t, torch.randn(5, 2), batch.t) == 0).all()
+    net = fresh(family, "Decoder", 0 if family == "Late" else 2)
+    batch, z = rows(), torch.randn(5, 2) if net.latent_dim else None
+    assert (net(batch.x_t, z, batch.t) == 0).all()
 
 
 @TIMES
@@ -144,6 +152,54 @@ def test_equal_rows_share_their_work_under_codes(family):
     assert dropping.train().shared_states(x_t, codes) is None
 
 
+def test_what_is_wide_runs_once_a_row_and_what_is_narrow_once_a_code():
+    net = make("Late", "Decoder", 2)
+    batch, codes, seen = rows(), torch.randn(7, 1, 2), {}
+    for name in ("tokens", "trunk", "narrow", "head", "latent_trunk", "latent_head"):
+        getattr(net, name).register_forward_hook(
+            lambda _, args, __, name=name: seen.setdefault(name, []).append(args[0].shape)
+        )
+    net(batch.x_t, codes, batch.t)
+    assert seen == {
+        "tokens": [(5, 16)],
+        "trunk": [(5, 16)],
+        "narrow": [(5, 16)],
+        "head": [(5, 16)],
+        "latent_trunk": [(7, 5, 8)],
+        "latent_head": [(7, 5, 8)],
+    }
+
+
+def test_codes_of_a_late_decoder_differ_a_little_from_the_start():
+    net = fresh("Late", "Decoder", 2)
+    batch, codes = rows(), torch.randn(7, 1, 2)
+    logits = net(batch.x_t, codes, batch.t)
+    apart = (logits[:, None] - logits[None]).abs().amax((-1, -2, -3))
+    assert (apart + torch.eye(7) > 1e-3).all()
+    assert logits.log_softmax(-1).exp().sub(1 / 3).abs().max() < 0.1
+    # Each code has another gradient: the symmetry of the mixture breaks.
+    codes.requires_grad_()
+    net(batch.x_t, codes, batch.t).log_softmax(-1)[..., 0].sum().backward()
+    assert torch.pdist(codes.grad.flatten(1)).min() > 1e-5
+
+
+@pytest.mark.parametrize("vocab_size", [3, 40])
+def test_the_logits_of_a_late_decoder_are_a_sum_and_the_latent_is_in_one_part(vocab_size):
+    process = MaskingProcess(vocab_size, 16)
+    net = make("Late", "Decoder", 2, process=process)
+    batch, z = rows(5, process), torch.randn(2, 5, 2)
+    parts = {}
+    for silent in ("head", "latent_head"):
+        other = copy.deepcopy(net)
+        with torch.no_grad():
+            for parameter in getattr(other, silent).parameters():
+                parameter.zero_()
+        parts[silent] = other(batch.x_t, z, batch.t)
+    assert torch.allclose(sum(parts.values()), net(batch.x_t, z, batch.t), atol=1e-5)
+    assert torch.equal(*parts["latent_head"])
+    assert not torch.allclose(*parts["head"], atol=1e-3)
+
+
 class _LargeTensors(TorchDispatchMode):
     """Collects the storages of results that hold at least so many float32 numbers."""
 
@@ -164,6 +220,8 @@ class _LargeTensors(TorchDispatchMode):
     [
         ("Residual", dict(embedding_dim=4)),
         ("Residual", dict(embedding_dim=400)),
+        ("Late", dict(embedding_dim=4)),
+        ("Late", dict(embedding_dim=400)),
         ("UNet", dict(embedding_dim=4, shape=(8, 8))),
         ("UNet", dict(embedding_dim=4, shape=(4, 8), channels=2)),
         ("Transformer", {}),
@@ -181,6 +239,18 @@ def test_logits_are_the_one_large_tensor(family, options):
             logits = net(batch.x_t, z, batch.t)
         assert logits.is_contiguous()
         assert len(mode.kept) == 1
+
+
+@pytest.mark.parametrize("embedding_dim", [4, 400])
+def test_logits_of_all_codes_are_the_one_large_tensor_in_training_too(embedding_dim):
+    process = MaskingProcess(vocab_size=300, length=64)
+    net = fresh("Late", "Decoder", 2, process=process, embedding_dim=embedding_dim)
+    batch, codes = rows(5, process), torch.randn(12, 1, 2, requires_grad=True)
+    with _LargeTensors(12 * 5 * 64 * 150) as mode:
+        logits = net(batch.x_t, codes, batch.t)
+    assert len(mode.kept) == 1
+    logits.backward(torch.randn_like(logits))
+    assert (codes.grad != 0).any()
 
 
 # --------------------------------------------------------------- recognition networks
@@ -353,6 +423,30 @@ def test_bfloat16_is_near_and_gives_float32(family):
     assert not torch.equal(low[0], low[0].bfloat16().float())
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_parameters_of_normals_are_never_in_half_precision(dtype):
+    raw = torch.randn(7, 6).to(dtype)
+    loc, scale = backbones.normal_parameters(raw)
+    assert loc.dtype == scale.dtype == torch.float32
+    for low, exact in zip((loc, scale), backbones.normal_parameters(raw.float()), strict=True):
+        assert torch.equal(low, exact)
+    zero = backbones.normal_parameters(torch.zeros(6, dtype=dtype))
+    assert zero[0].tolist() == [0.0] * 3
+    assert torch.allclose(zero[1], torch.ones(3), atol=2e-4)
+    assert backbones.normal_parameters(raw.double())[1].dtype == torch.double
+
+
+def test_perceptrons_give_float32_under_autocast():
+    decoder, encoder = make("MLP", "Decoder", 2), make("MLP", "Encoder", 2)
+    batch, z = rows(), torch.randn(5, 2)
+    exact = decoder(batch.x_t, z, batch.t), *encoder(batch)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        low = decoder(batch.x_t, z, batch.t), *encoder(batch)
+    for one, other in zip(low, exact, strict=True):
+        assert one.dtype == torch.float32
+        assert 0 < (one - other).abs().max() < 0.1
+
+
 @FAMILIES
 def test_double_precision_is_kept(family):
     net = make(family, "Decoder", 2)
@@ -403,13 +497,13 @@ def test_state_is_parameters_and_round_trips(family):
 def test_every_parameter_learns_from_a_fresh_start(family, timed, latent, vocab_size):
     """Last layers start at zero and hold up the gradients of others for a few updates only."""
     process = MaskingProcess(vocab_size, 16)
-    options = SIZES[family] | dict(time_conditioning=timed)
-    decoder = getattr(backbones, family + "Decoder")(process, 2 if latent else 0, **options)
+    options = dict(process=process, time_conditioning=timed)
+    decoder = fresh(family, "Decoder", 2 if latent else 0, **options)
     nets, x_0 = [decoder], rows(6, process).x_0
     model: Any = models.MDM(decoder)
     guide: Any = guides.NoLatent()
     if latent:
-        nets.append(getattr(backbones, family + "Encoder")(process, 2, **options))
+        nets.append(fresh(family, "Encoder", 2, **options))
         model, guide = (
             models.VADD(decoder, models.StandardNormal(2)),
             guides.AmortizedNormal(nets[1]),
@@ -473,6 +567,11 @@ def test_guides_for_priors_stand_on_the_features(family):
         (lambda: make("Residual", "Encoder", 0), "latent_dim .* got 0"),
         (lambda: make("Residual", "Encoder", 2, dropout=1.0), "dropout .* got 1.0"),
         (lambda: make("Residual", "Decoder", 2, embedding_dim=0), "embedding_dim .* got 0"),
+        (lambda: make("Late", "Decoder", 2, hidden_dim=0), "hidden_dim .* got 0"),
+        (lambda: make("Late", "Decoder", latent_hidden_dim=0), "latent_hidden_dim .* got 0"),
+        (lambda: make("Late", "Decoder", num_latent_blocks=0), "num_latent_blocks .* got 0"),
+        (lambda: make("Late", "Decoder", 2, dropout=-0.1), "dropout .* got -0.1"),
+        (lambda: make("UNet", "Decoder", 2, condition_dim=-1), "condition_dim .* got -1"),
         (lambda: make("UNet", "Decoder", 2, shape=(4, 5)), r"\(4, 5\) .* 20 .* length 16"),
         (lambda: make("UNet", "Decoder", 2, shape=16), r"shape must be \(height, width\), got 16"),
         (lambda: make("UNet", "Features", channels=3), "channels = 3 makes 48 .* length 16"),
@@ -483,6 +582,9 @@ def test_guides_for_priors_stand_on_the_features(family):
         (lambda: make("Transformer", "Decoder", 2, num_heads=3), "num_heads = 3 .* width 16"),
         (lambda: make("Transformer", "Features", num_layers=0), "num_layers .* got 0"),
         (lambda: make("Transformer", "Features", condition_dim=0), "condition_dim .* got 0"),
+        (lambda: backbones.MLPDecoder(PROCESS, -1), "latent_dim .* got -1"),
+        (lambda: backbones.MLPDecoder(PROCESS, num_layers=0), "num_layers .* got 0"),
+        (lambda: backbones.MLPFeatures(PROCESS, hidden_dim=0), "hidden_dim .* got 0"),
     ],
 )
 def test_wrong_sizes_are_refused_by_name(call, message):
@@ -490,7 +592,7 @@ def test_wrong_sizes_are_refused_by_name(call, message):
         call()
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", [*SIZES, "MLP"])
 def test_wrong_inputs_are_refused_by_name(family):
     decoder, plain, features = (
         make(family, "Decoder", 2),
@@ -512,6 +614,8 @@ def test_wrong_inputs_are_refused_by_name(family):
         features(batch.without_data())
     with pytest.raises(ValueError, match=r"x_0 must have shape \(batch, 16\), got \(5, 8\)"):
         features(PROCESS.corrupt(batch.x_0[:, :8], 0.5))
+    with pytest.raises(ValueError, match=r"x_t must have shape \(batch, 16\), got \(5, 8\)"):
+        features.state(PROCESS.corrupt(batch.x_0[:, :8], 0.5).without_data())
     with pytest.raises(ValueError, match=r"probabilities must have shape \(..., 16, 3\)"):
         features.soft(torch.rand(5, 16, 4), batch)
 

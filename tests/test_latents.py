@@ -18,6 +18,7 @@ from torch.autograd import grad
 from torch.distributions import kl_divergence
 
 from vadd_pyro import (
+    LinearAnnealing,
     MaskedDiffusionELBO,
     MaskingProcess,
     exact_distribution,
@@ -25,6 +26,7 @@ from vadd_pyro import (
     fit,
     fit_guide,
     guides,
+    log_likelihood_bound,
     metrics,
     models,
     sample,
@@ -546,3 +548,74 @@ def test_codes_too_many_to_enumerate_are_refused_and_copies_of_refined_guides_ke
     assert own.__dict__["model"] is twin
     with pytest.raises(ValueError, match="num_particles = 3"):
         guides.SemiAmortizedNormal(encoder, model, MaskedDiffusionELBO(PROCESS, num_particles=3))
+
+
+def relative_pair(prior):
+    torch.manual_seed(3)
+    model = models.VADD(MLPDecoder(PROCESS, 2, **SIZES), prior)
+    return model, guides.RelativeNormal(MLPFeatures(PROCESS, **SIZES), 2, prior)
+
+
+def chain_batch(share: float):
+    """Rows all masked, of which a share of the positions are targets."""
+    batch = PROCESS.corrupt(all_rows(3, 2), 1.0)
+    target = batch.masked.clone()
+    target[:, round(2 * share) :] = False
+    return replace(batch, target=target)
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+def test_relative_normal_is_the_prior_times_a_power_of_one_factor(share):
+    prior = models.ConditionalNormal(StateEncoder(PROCESS, 2, **SIZES))
+    torch.nn.init.normal_(prior.network.head.weight)
+    _, guide = relative_pair(prior)
+    batch = chain_batch(share)
+    r = trace(guide).get_trace(batch).nodes["z"]["fn"]
+    p = prior(batch)
+    shift, raw = guide.head(batch).chunk(2, -1)
+    tau = torch.nn.functional.softplus(raw)
+    z = torch.randn(50, 1, 2)
+    u = (z - p.loc) / p.scale
+    factor = share * (shift * (1 + tau) * u - tau * u.square() / 2).sum(-1)
+    rest = r.log_prob(z) - p.log_prob(z) - factor
+    torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=1e-4, atol=1e-4)
+    if share == 1:
+        torch.testing.assert_close((r.loc - p.loc) / p.scale, shift)
+
+
+def test_relative_normal_is_the_prior_where_nothing_is_a_target():
+    _, guide = relative_pair(models.StandardNormal(2))
+    r = trace(guide).get_trace(chain_batch(0.0)).nodes["z"]["fn"]
+    assert (r.loc == 0).all()
+    assert (r.scale == 1).all()
+
+
+def test_relative_normal_trains_with_its_model_and_its_copy_alone():
+    prior = models.ConditionalNormal(StateEncoder(PROCESS, 2, **SIZES))
+    model, guide = relative_pair(prior)
+    elbo = MaskedDiffusionELBO(PROCESS, kl_weight=LinearAnnealing(300))
+    rows = torch.randint(3, (64, 1)).expand(64, 2).contiguous()
+    fit(model, guide, elbo, rows, 600, batch_size=64, learning_rate=1e-2, progress=False)
+    with pytest.raises(ValueError, match="share parameters"):
+        fit_guide(model, guide, elbo, rows, 1, progress=False)
+    chain = MaskedDiffusionELBO(PROCESS, "chain", num_steps=2)
+    own = copy.deepcopy(guide)
+    before = [p.clone() for p in model.parameters()]
+    fit_guide(model, own, chain, rows, 20, batch_size=64, progress=False)
+    assert all((a == b).all() for a, b in zip(before, model.parameters(), strict=True))
+    law = exact_distribution(model, PROCESS, num_steps=1, num_draws=2**12)
+    assert float(law.diagonal().sum()) > 0.7  # 1/3 without; the latent ties the two positions
+    bound = log_likelihood_bound(model, guide, PROCESS, rows[:20], 1, num_particles=64, seed=0)
+    gap = law[tuple(rows[:20].T)].log().mean() - bound.value.mean()
+    assert -0.05 < float(gap) < 0.2
+
+
+def test_relative_normal_is_offered_where_it_fits_and_refused_where_it_does_not():
+    features = MLPFeatures(PROCESS, **SIZES)
+    assert "relative" in guides.families_for(models.StandardNormal(2), features)
+    assert "relative" not in guides.families_for(models.StudentT(2), features)
+    found = guides.for_prior(models.StandardNormal(2), features, "relative")
+    assert isinstance(found, guides.RelativeNormal)
+    wrong = guides.RelativeNormal(features, 2, models.StudentT(2))
+    with pytest.raises(TypeError, match="needs a prior that returns a DiagonalNormal"):
+        wrong(BATCH)

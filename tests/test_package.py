@@ -25,13 +25,15 @@ LAYERS = [
     {"_version", "schedules"},
     {"process"},
     {"times", "distributions", "recorder", "programs", "checkpoints", "metrics", "nn", "plotting"},
-    {"sites", "data", "models", "guides"},
-    {"annealing", "divergences", "estimators", "densities"},
+    {"sites", "data", "models", "guides", "weights"},
+    {"annealing", "divergences", "estimators", "densities", "quality"},
     {"elbo", "orders", "sampling", "tempering"},
     {"integration"},
     {"chain", "exact", "grids", "infilling", "information", "likelihood", "monitor", "trainer"},
-    {"inspection", "training"},
+    {"inspection", "training", "one_token"},
     {"demo", "cells", "compare", "panels", "report", "runs", "zoo"},
+    {"experiments"},
+    {"cli_experiments"},
     {"cli", "__main__"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

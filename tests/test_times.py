@@ -11,6 +11,7 @@ from vadd_pyro import (
     GridTimes,
     MaskedDiffusionELBO,
     MaskingProcess,
+    PartTargets,
     UniformTimes,
 )
 
@@ -111,7 +112,7 @@ def test_grid_times():
 
 def test_few_step_times_are_the_states_of_samplers_of_powers_of_two():
     process = MaskingProcess(2, 5)
-    t, weight, s, _ = FewStepTimes(64).draw(process, 70_000, CPU)
+    t, weight, s = FewStepTimes(64).draw(process, 70_000, CPU)[:3]
     assert float((t == 1).double().mean()) == pytest.approx(
         sum(2.0**-k for k in range(7)) / 7, abs=0.01
     )
@@ -122,3 +123,34 @@ def test_few_step_times_are_the_states_of_samplers_of_powers_of_two():
     assert (batch.target == batch.masked).all()
     with pytest.raises(ValueError, match="power of two, got 6"):
         FewStepTimes(6)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.4, 1.0])
+def test_part_targets_mixes_the_delbo_with_the_bounds_of_its_grid(share):
+    process = MaskingProcess(2, 6)
+    elbo = MaskedDiffusionELBO(process, times=PartTargets(GridTimes(4), share))
+    batch = elbo.draw(torch.zeros((N, 6), dtype=torch.long))
+    # A row of the bound weighs T, and one of the DELBO T rho = T / i at step i of 4.
+    step = (4 * batch.t).round()
+    parts = torch.isclose(batch.weight, torch.tensor(4.0)) & (step > 1)
+    assert torch.allclose(batch.weight[~parts], (4 / step)[~parts])
+    assert float(parts.double().mean()) == pytest.approx(0.75 * share, abs=0.015)
+    assert (batch.target == batch.masked)[~parts].all()
+    revealed = batch.target.sum(-1).double() / batch.masked.sum(-1).clamp_min(1)
+    for i in (2, 3, 4):
+        chosen = parts & (step == i) & batch.masked.any(-1)
+        if share:
+            assert float(revealed[chosen].mean()) == pytest.approx(1 / i, abs=0.02)
+    # Both estimate the same sum over positions.
+    weighted = batch.weight.double() * batch.target.sum(-1)
+    assert float(weighted.mean()) == pytest.approx(6, abs=4 * float(weighted.std()) / N**0.5)
+    bound = MaskedDiffusionELBO(process, "chain", times=PartTargets(GridTimes(4), 0.0))
+    assert (bound.draw(torch.zeros((8, 6), dtype=torch.long)).weight == 4).all()
+
+
+def test_part_targets_need_a_grid_and_a_probability():
+    with pytest.raises(TypeError, match="grid must be GridTimes or FewStepTimes, got Uniform"):
+        PartTargets(UniformTimes())
+    with pytest.raises(ValueError, match=r"share must be a probability in \[0, 1\], got 1.5"):
+        PartTargets(share=1.5)
+    assert repr(PartTargets(FewStepTimes(8))) == "PartTargets(FewStepTimes(8), share=0.3)"

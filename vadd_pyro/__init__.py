@@ -31,6 +31,7 @@ from vadd_pyro.times import (
     BalancedTimes,
     FewStepTimes,
     GridTimes,
+    PartTargets,
     TimeDistribution,
     UniformTimes,
 )
@@ -60,6 +61,7 @@ __all__ = [
     "MaskedDiffusionELBO",
     "MaskingProcess",
     "NonFiniteLossError",
+    "PartTargets",
     "PolynomialSchedule",
     "Program",
     "Schedule",

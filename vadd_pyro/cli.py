@@ -7,6 +7,9 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from vadd_pyro import cli_experiments
+from vadd_pyro.cli_experiments import positive, seed, separated
+
 __all__ = ["main"]
 
 _TOYS = (
@@ -21,18 +24,6 @@ _TOYS = (
 )
 
 
-def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a positive integer, got {text!r}")
-    return int(text)
-
-
-def _seed(text: str) -> int:
-    if not text.isdecimal() or int(text) >= 2**32 - 10_000:
-        raise argparse.ArgumentTypeError(f"expected an integer from 0 on, got {text!r}")
-    return int(text)
-
-
 def _rate(text: str) -> float:
     try:
         value = float(text)
@@ -41,13 +32,6 @@ def _rate(text: str) -> float:
     if not 0 < value < float("inf"):
         raise argparse.ArgumentTypeError(f"expected a positive number, got {text!r}")
     return value
-
-
-def _names(text: str) -> list[str]:
-    names = [name.strip() for name in text.split(",") if name.strip()]
-    if not names:
-        raise argparse.ArgumentTypeError(f"expected names separated by commas, got {text!r}")
-    return list(dict.fromkeys(names))
 
 
 def _add_compare(commands: Any) -> None:
@@ -64,14 +48,14 @@ def _add_compare(commands: Any) -> None:
         "path such as mypkg.mine:MyPrior stands for something of your own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    names: dict[str, Any] = {"type": _names, "metavar": "NAME[,NAME...]"}
+    names: dict[str, Any] = {"type": separated, "metavar": "NAME[,NAME...]"}
     add = compare.add_argument
     add("--data", default="checkerboard,swiss_roll,d2", help="toys, d1, d2, tied_bits", **names)
     add("--priors", default="none,standard_normal,categorical", help="laws of the latent", **names)
     add("--guides", default="auto", help="recognition networks", **names)
     add("--objectives", default="delbo", help="what is optimised", **names)
     add("--times", default="balanced", help="where training looks", **names)
-    number: dict[str, Any] = {"type": _positive, "metavar": "N"}
+    number: dict[str, Any] = {"type": positive, "metavar": "N"}
     add("--seeds", default=3, help="number of seeds, counted from 0", **number)
     add("--num-iterations", help="updates per model; by default each prior's own", **number)
     add("--learning-rate", type=_rate, default=2e-3, metavar="X", help="step size of Adam")
@@ -92,7 +76,7 @@ def _add_inspect(commands: Any) -> None:
     inspect = commands.add_parser(
         "inspect",
         help="what the latent of a trained model knows, and whether its guide can be trusted",
-        description="From a run folder of the demo or the comparison to a page: is the latent "
+        description="From a run folder of demo, compare or train to a page: is the latent "
         "used, what does it couple and encode, does the aggregate posterior fill the prior, can "
         "the guide be trusted, what does the model write. Writes report.html with its figures, "
         "posterior.nc for ArviZ and inspection.json. A folder that holds several runs has all of "
@@ -103,13 +87,13 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument(
         "--out", metavar="FOLDER", help="where the report goes; by default RUN/inspection"
     )
-    number: dict[str, Any] = {"type": _positive, "metavar": "N"}
+    number: dict[str, Any] = {"type": positive, "metavar": "N"}
     inspect.add_argument("--num-rows", default=1000, help="rows of fresh data", **number)
     inspect.add_argument("--num-draws", default=500, help="draws of each posterior", **number)
     inspect.add_argument(
         "--num-reference-rows", default=6, help="rows whose posterior NUTS samples", **number
     )
-    inspect.add_argument("--seed", type=_seed, default=0, help="seed of data and draws")
+    inspect.add_argument("--seed", type=seed, default=0, help="seed of data and draws")
     inspect.add_argument("--no-progress", action="store_true", help="no progress bars")
 
 
@@ -130,23 +114,24 @@ def _parser() -> argparse.ArgumentParser:
     demo.add_argument("--data", choices=_TOYS, default="checkerboard", help="toy density")
     demo.add_argument(
         "--priors",
-        type=_names,
+        type=separated,
         default="none,standard_normal,categorical",
         metavar="NAME[,NAME...]",
         help="latent priors to compare; 'vadd-pyro compare --list' lists them",
     )
     demo.add_argument(
         "--num-iterations",
-        type=_positive,
+        type=positive,
         default=None,
         metavar="N",
         help="updates per model; by default each prior's own",
     )
-    demo.add_argument("--seed", type=_seed, default=0, help="seed of data, weights and training")
+    demo.add_argument("--seed", type=seed, default=0, help="seed of data, weights and training")
     demo.add_argument("--out", default="demo", metavar="FOLDER", help="where the results go")
     demo.add_argument("--no-progress", action="store_true", help="no progress bars")
     _add_compare(commands)
     _add_inspect(commands)
+    cli_experiments.add_commands(commands)
     return parser
 
 
@@ -213,6 +198,8 @@ def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> 
 
 
 def _inspect(arguments: argparse.Namespace) -> int:
+    from vadd_pyro.experiments.commands import run_inspect
+    from vadd_pyro.experiments.store import is_experiment
     from vadd_pyro.runs import find_runs, inspect_run
 
     runs = find_runs(arguments.run)
@@ -224,8 +211,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     failed = 0
     for folder in runs:
         try:
+            inspect = run_inspect if is_experiment(folder) else inspect_run
             print(
-                inspect_run(
+                inspect(
                     folder,
                     arguments.out,
                     num_rows=arguments.num_rows,
@@ -250,6 +238,9 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _compare(arguments, parser)
         if arguments.command == "inspect":
             return _inspect(arguments)
+        status = cli_experiments.run(arguments, parser)
+        if status is not None:
+            return status
         return _demo(arguments, parser)
     except (ValueError, OSError, ArithmeticError) as error:
         print(f"vadd-pyro: {error}", file=sys.stderr)

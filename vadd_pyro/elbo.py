@@ -200,7 +200,7 @@ class MaskedDiffusionELBO(ELBO):
         x_0 = self.process.check_tokens(
             x_0, values=is_validation_enabled() if check is None else check
         )
-        t, weight, s, at_least_one = self.times.draw(self.process, len(x_0), x_0.device)
+        t, weight, s, at_least_one, parts = self.times.draw(self.process, len(x_0), x_0.device)
         if self.objective == "chain":
             if s is None:
                 raise ValueError(
@@ -209,8 +209,10 @@ class MaskedDiffusionELBO(ELBO):
                 )
             return self.process.corrupt(x_0, t, s, weight=weight)
         if s is not None:
-            weight = weight * self.process.schedule.rho(s, t)
-        return self.process.corrupt(x_0, t, weight=weight, at_least_one=at_least_one)
+            whole = weight * self.process.schedule.rho(s, t)
+            weight = whole if parts is None else weight.where(parts, whole)
+            s = None if parts is None else s.masked_fill(~parts, 0.0)
+        return self.process.corrupt(x_0, t, s, weight=weight, at_least_one=at_least_one)
 
     def score(
         self, model: StepProgram, guide: StepProgram, batch: MaskedBatch, *args: Any, **kwargs: Any

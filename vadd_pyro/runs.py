@@ -6,6 +6,7 @@ plain values; it is read without running code, and the pair is built by :mod:`va
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,10 +17,21 @@ from vadd_pyro import data, zoo
 from vadd_pyro.checkpoints import load_checkpoint, save_checkpoint
 from vadd_pyro.data import TokenDistribution
 from vadd_pyro.inspection import inspect_pair
+from vadd_pyro.inspection.verdicts import Verdict
 from vadd_pyro.process import MaskingProcess
 from vadd_pyro.programs import modules_of
 
-__all__ = ["Run", "find_runs", "inspect_run", "load_run", "save_run"]
+__all__ = [
+    "FILE",
+    "Run",
+    "find_runs",
+    "inspect_run",
+    "load_run",
+    "restore",
+    "save_run",
+    "state_of",
+    "told",
+]
 
 FILE = "run.pt"
 _PARTS = ("data", "vocab_size", "prior", "guide", "latent_dim", "num_codes", "hidden_dim")
@@ -71,14 +83,15 @@ def save_run(folder: str | Path, model: Any, guide: Any, configuration: dict[str
     path = Path(folder) / FILE
     content = {
         "configuration": configuration,
-        "model": _state(model),
-        "guide": _state(guide),
+        "model": state_of(model),
+        "guide": state_of(guide),
     }
     save_checkpoint(path, content)
     return path
 
 
-def _state(program: Any) -> dict[str, Any]:
+def state_of(program: Any) -> dict[str, Any]:
+    """Weights of all modules of a program by name."""
     return {
         f"{i}.{name}": value
         for i, module in enumerate(modules_of(program))
@@ -86,7 +99,12 @@ def _state(program: Any) -> dict[str, Any]:
     }
 
 
-def _restore(program: Any, state: dict[str, Any], path: Path, what: str) -> None:
+def restore(program: Any, state: dict[str, Any], path: Path, what: str) -> None:
+    """Give a program the weights that :func:`state_of` gave.
+
+    Raises:
+        ValueError: naming the file they are from, if they do not fit.
+    """
     for i, module in enumerate(modules_of(program)):
         prefix = f"{i}."
         own = {n.removeprefix(prefix): v for n, v in state.items() if n.startswith(prefix)}
@@ -108,8 +126,8 @@ def find_runs(folder: str | Path) -> list[Path]:
     found = sorted(path.parent for path in folder.rglob(FILE)) if folder.is_dir() else []
     if not found:
         raise FileNotFoundError(
-            f"no {FILE} in {folder} or below: expected a folder that vadd-pyro demo or compare "
-            "wrote"
+            f"no {FILE} in {folder} or below: expected a folder that vadd-pyro demo, compare or "
+            "train wrote"
         )
     return found
 
@@ -136,8 +154,8 @@ def load_run(folder: str | Path) -> Run:
             pair = zoo.build(configuration["prior"], configuration["guide"], process, **sizes)
     except (ValueError, TypeError) as error:
         raise ValueError(f"{path}: its pair cannot be built: {error}") from error
-    _restore(pair.model, content["model"], path, "model")
-    _restore(pair.guide, content["guide"], path, "guide")
+    restore(pair.model, content["model"], path, "model")
+    restore(pair.guide, content["guide"], path, "guide")
     return Run(configuration, pair.model, pair.guide, process, density)
 
 
@@ -169,6 +187,10 @@ def inspect_run(
         truth=run.density.probabilities,
         **options,
     )
-    lines = [f"{run.title}:"]
-    lines += [f"  {question} {verdict.text}" for question, verdict in verdicts.items()]
-    return "\n".join([*lines, f"wrote {out / 'report.html'}"])
+    return told(run.title, verdicts, out)
+
+
+def told(title: str, verdicts: Mapping[str, Verdict], out: Path) -> str:
+    """What an inspection prints: the verdicts, and where the report is."""
+    lines = [f"  {question} {verdict.text}" for question, verdict in verdicts.items()]
+    return "\n".join([f"{title}:", *lines, f"wrote {out / 'report.html'}"])

@@ -15,6 +15,8 @@ class                  time ``t`` of a row                             weight of
 ``AtomTimes(share)``   1 for a share of rows, else as told             1 for those, else as told
 ``GridTimes(T)``       points of one or several T-step grids           ``T``; DELBO: ``T rho``
 ``FewStepTimes(T)``    points of the grids 1, 2, 4, ..., T             as ``GridTimes``
+``PartTargets(grid)``  those of a grid, part of the rows with the      as ``GridTimes``
+                       targets of their step
 ====================== =============================================== ==========================
 
 Times are laid out on a randomly shifted lattice over the batch, so that each is exactly
@@ -38,6 +40,7 @@ __all__ = [
     "BalancedTimes",
     "FewStepTimes",
     "GridTimes",
+    "PartTargets",
     "TimeDistribution",
     "TimeDraw",
     "UniformTimes",
@@ -52,12 +55,15 @@ class TimeDraw(NamedTuple):
         weight: weight of each row's term, ``(B,)``.
         s: the time each row's reverse step leads to, ``(B,)``; None in continuous time.
         at_least_one: whether masks are to be drawn given that one position at least is masked.
+        parts: rows whose targets under the DELBO are not all that is masked but what the step to
+            ``s`` reveals, ``(B,)`` bool, with weight ``T``; None for none of them.
     """
 
     t: Tensor
     weight: Tensor
     s: Tensor | None = None
     at_least_one: bool = False
+    parts: Tensor | None = None
 
 
 def lattice(num_rows: int, device: torch.device) -> Tensor:
@@ -228,3 +234,35 @@ class FewStepTimes(GridTimes):
 
     def __repr__(self) -> str:
         return f"FewStepTimes({self.max_steps})"
+
+
+class PartTargets(TimeDistribution):
+    """The states of a grid, and for a share of the rows the targets of their step alone.
+
+    Under the DELBO all that is masked is a target, and a guide has never seen others. Samplers of
+    many steps reveal little at a time, and what such a guide makes of that costs hundreds of nats
+    in their bounds until it is refitted. Here it learns both:
+
+    ``(1 - share) * DELBO on the grid's states + share * mean T-step bound``.
+
+    Args:
+        grid: the states.
+        share: probability of a row's being scored on the targets of its step.
+    """
+
+    def __init__(self, grid: GridTimes | None = None, share: float = 0.3) -> None:
+        self.grid = FewStepTimes() if grid is None else grid
+        if not isinstance(self.grid, GridTimes):
+            raise TypeError(f"grid must be GridTimes or FewStepTimes, got {grid!r}")
+        if not 0 <= share <= 1:
+            raise ValueError(f"share must be a probability in [0, 1], got {share!r}")
+        self.share = float(share)
+
+    def draw(self, process: MaskingProcess, num_rows: int, device: torch.device) -> TimeDraw:
+        found = self.grid.draw(process, num_rows, device)
+        # The lattice of times is in row order: a shuffled one here keeps the two independent.
+        parts = lattice(num_rows, device)[torch.randperm(num_rows, device=device)] < self.share
+        return found._replace(parts=parts)
+
+    def __repr__(self) -> str:
+        return f"PartTargets({self.grid}, share={self.share:g})"

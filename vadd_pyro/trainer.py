@@ -16,7 +16,6 @@ from typing import Any
 
 import pyro
 import torch
-from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
 from vadd_pyro.checkpoints import (
@@ -27,9 +26,9 @@ from vadd_pyro.checkpoints import (
 )
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.monitor import Monitor
-from vadd_pyro.programs import modules_of
+from vadd_pyro.weights import NamedParameters, Weights
 
-__all__ = ["Batches", "History", "NonFiniteLossError", "Run", "Weights", "scheduled_rate"]
+__all__ = ["Batches", "History", "NonFiniteLossError", "Run", "scheduled_rate"]
 
 _SMOOTHING = 0.98
 _LATENT_COLUMNS = ("kl_per_dimension", "active_units", "mutual_information", "share_at_prior")
@@ -118,90 +117,6 @@ def scheduled_rate(
     return base * (final + (1 - final) * share)
 
 
-class _Parameters(Messenger):
-    """Collects the parameters that programs name to Pyro.
-
-    Unlike a trace, it does not move a :class:`~vadd_pyro.Program` to enter its own in the store.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.found: dict[str, Tensor] = {}
-
-    def _pyro_post_param(self, msg: Any) -> None:
-        self.found[msg["name"]] = msg["value"]
-
-
-class Weights:
-    """All parameters of a pair of programs by name.
-
-    Those of modules, and those a function keeps in Pyro's store.
-    """
-
-    def __init__(self, model: Any, guide: Any) -> None:
-        self.modules = {
-            name if number == 0 else f"{name}_{number}": module
-            for name, program in (("model", model), ("guide", guide))
-            for number, module in enumerate(modules_of(program))
-        }
-        self.named: dict[str, Tensor] = {}
-        self.frozen: list[nn.Parameter] = []
-        known: set[int] = set()
-        for prefix, module in self.modules.items():
-            for name, parameter in module.named_parameters():
-                if id(parameter) in known:
-                    continue
-                known.add(id(parameter))
-                if parameter.requires_grad:
-                    self.named[f"{prefix}.{name}"] = parameter
-                else:
-                    self.frozen.append(parameter)
-
-    def add_from_store(self, found: dict[str, Tensor]) -> None:
-        """Take over parameters that the programs named to Pyro and that no module holds.
-
-        Those that were frozen stay so: Pyro's store asks every parameter for its gradient.
-        """
-        for parameter in self.frozen:
-            parameter.requires_grad_(False)
-        known = {id(parameter) for parameter in (*self.named.values(), *self.frozen)}
-        for name, value in found.items():
-            own: Tensor = value.unconstrained() if hasattr(value, "unconstrained") else value
-            if own.is_leaf and own.requires_grad and id(own) not in known:
-                known.add(id(own))
-                self.named[f"store.{name}"] = own
-
-    def values(self) -> list[Tensor]:
-        return list(self.named.values())
-
-    def state(self) -> dict[str, Any]:
-        buffers = {name: module.state_dict() for name, module in self.modules.items()}
-        store = {n: p.detach() for n, p in self.named.items() if n.startswith("store.")}
-        return {**buffers, "store": store}
-
-    def load(self, state: dict[str, Any], path: Path) -> None:
-        """Take over a saved state, all of it or, if anything does not fit, nothing."""
-        stored = state["store"]
-        held = {name: p for name, p in self.named.items() if name.startswith("store.")}
-        pairs: list[tuple[str, dict[str, Tensor], dict[str, Tensor]]] = [
-            (name, state.get(name, {}), module.state_dict())
-            for name, module in self.modules.items()
-        ]
-        for name, saved, own in [*pairs, ("Pyro parameters", stored, held)]:
-            differing = sorted(set(saved) ^ set(own)) or sorted(
-                key for key in own if saved[key].shape != own[key].shape
-            )
-            if differing:
-                raise ValueError(
-                    f"{path} does not fit this {name}: they differ in {', '.join(differing[:5])}"
-                )
-        with torch.no_grad():
-            for name, module in self.modules.items():
-                module.load_state_dict(state[name])
-            for name, value in stored.items():
-                self.named[name].copy_(value)
-
-
 class Run:
     """State of one training run."""
 
@@ -236,9 +151,10 @@ class Run:
         """
         state = random_state()
         self.elbo.iteration = 0
-        with pyro.validation_enabled(True), _Parameters() as parameters_seen:
+        with pyro.validation_enabled(True), NamedParameters() as parameters_seen:
             first = self.batches(0)
-            self.elbo.loss(self.model, self.guide, first)
+            with self.autocast(first.device):
+                self.elbo.loss(self.model, self.guide, first)
         self.weights.add_from_store(parameters_seen.found)
         restore_random_state(state)
         if self.monitor is not None:
@@ -264,6 +180,11 @@ class Run:
             # A module that is held fixed is not trained in its batch statistics either.
             module.train(any(p.requires_grad for p in module.parameters()))
 
+    def autocast(self, device: torch.device) -> torch.autocast:
+        """The precision that programs run in."""
+        half = self.configuration.get("precision") == "bfloat16"
+        return torch.autocast(device.type, torch.bfloat16, enabled=half)
+
     def rate(self, base: float) -> float:
         """Scheduled step size."""
         c = self.configuration
@@ -283,7 +204,8 @@ class Run:
         with ExitStack() as stack:
             if self.iteration:
                 stack.enter_context(pyro.validation_enabled(False))
-            terms = self.elbo.terms(self.model, self.guide, x_0)
+            with self.autocast(x_0.device):
+                terms = self.elbo.terms(self.model, self.guide, x_0)
             loss = terms.loss / len(x_0)
             value = loss.item()
             if not math.isfinite(value):

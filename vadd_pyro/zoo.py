@@ -5,7 +5,8 @@ A prior or guide is named in one of three ways: a name of the tables below; an i
 ``vadd_pyro.guides``. What a path or entry point leads to is the thing itself, a function of
 ``batch``, or makes it: a class or function that takes any of the arguments ``process``,
 ``latent_dim``, ``num_codes``, ``state`` (features of the state, for a conditional prior),
-``features`` (recognition features, for a guide), ``prior`` and ``model``, by these names.
+``features`` (recognition features, for a guide), ``prior`` and ``model``, by these names. Networks
+are those of one backbone (:mod:`vadd_pyro.nn.networks`), perceptrons by default.
 """
 
 from __future__ import annotations
@@ -15,7 +16,6 @@ import importlib
 import inspect
 import sys
 from collections.abc import Callable
-from functools import partial
 from importlib.metadata import entry_points
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -26,13 +26,14 @@ from vadd_pyro import guides, models
 from vadd_pyro.annealing import CyclicalAnnealing, LinearAnnealing
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.guides.matching import look_at
-from vadd_pyro.nn import MLPDecoder, MLPEncoder, MLPFeatures, StateEncoder, StateFeatures
+from vadd_pyro.nn import MLPNetworks, Networks
 from vadd_pyro.process import MaskingProcess
 from vadd_pyro.times import (
     AtomTimes,
     BalancedTimes,
     FewStepTimes,
     GridTimes,
+    PartTargets,
     TimeDistribution,
     UniformTimes,
 )
@@ -47,6 +48,7 @@ __all__ = [
     "build_prior",
     "check",
     "objective",
+    "times_named",
 ]
 
 PRIORS = {
@@ -76,6 +78,7 @@ GUIDES = {
     "mixture": "mixture of normals",
     "flow": "flow",
     "semi_amortized": "semi-amortised normal",
+    "relative": "normal relative to the prior",
     "hierarchical": "top-down hierarchy",
     "bottom_up": "bottom-up hierarchy",
     "spherical": "projected normal",
@@ -101,6 +104,7 @@ TIMES = {
     "atom_uniform": "30 % at t = 1, rest uniform",
     "grid": "points of 1, 2, 4, 8 steps",
     "few_step": "points of 1, 2, 4, ..., 64 steps",
+    "part_targets": "the same, 30 % with targets of their step",
 }
 _STEPS = (1, 2, 4, 8)
 
@@ -191,13 +195,28 @@ def _made(name: str, found: Any, offered: dict[str, Callable[[], Any]]) -> Any:
     return found(**{n: offered[n]() for n in wanted if n in offered})
 
 
+def _networks(
+    networks: Networks | None, process: MaskingProcess, hidden_dim: int | None
+) -> Networks:
+    """The networks to build of, checked."""
+    if networks is None:
+        return MLPNetworks(process, hidden_dim=128 if hidden_dim is None else hidden_dim)
+    if not isinstance(networks, Networks):
+        raise TypeError(f"networks must be vadd_pyro.nn.Networks, got {networks!r}")
+    if hidden_dim is not None:
+        raise ValueError(f"hidden_dim = {hidden_dim} was given beside networks of their own width")
+    networks.check_process(process)
+    return networks
+
+
 def build_prior(
     name: str,
     process: MaskingProcess,
     *,
     latent_dim: int = 2,
     num_codes: int = 64,
-    hidden_dim: int = 128,
+    hidden_dim: int | None = None,
+    networks: Networks | None = None,
 ) -> Any:
     """A prior by name, import path or entry point.
 
@@ -206,18 +225,21 @@ def build_prior(
         process: gives vocabulary size and length.
         latent_dim: size of a continuous latent.
         num_codes: number of codes of a categorical one.
-        hidden_dim: width of the networks.
+        hidden_dim: width of the default networks, 128 if omitted.
+        networks: those that a prior may need; :class:`~vadd_pyro.nn.MLPNetworks` by default.
+
+    Raises:
+        ValueError: for a name that leads nowhere, and for networks of another process.
     """
-    state = partial(StateFeatures, process, hidden_dim=hidden_dim)
+    networks = _networks(networks, process, hidden_dim)
+    state = networks.state
     makers: dict[str, Callable[[], Any]] = {
         "standard_normal": lambda: models.StandardNormal(latent_dim),
         "learned_normal": lambda: models.LearnedNormal(latent_dim),
-        "conditional_normal": lambda: models.ConditionalNormal(
-            StateEncoder(process, latent_dim, hidden_dim=hidden_dim)
-        ),
+        "conditional_normal": lambda: models.ConditionalNormal(networks.state_encoder(latent_dim)),
         "mixture": lambda: models.MixtureOfNormals(latent_dim),
         "conditional_mixture": lambda: models.MixtureOfNormals(latent_dim, context=state()),
-        "vamp": lambda: models.VampPrior(MLPEncoder(process, latent_dim, hidden_dim=hidden_dim)),
+        "vamp": lambda: models.VampPrior(networks.encoder(latent_dim)),
         "flow": lambda: models.NormalizingFlow(latent_dim),
         "conditional_flow": lambda: models.NormalizingFlow(latent_dim, state()),
         "hierarchical": lambda: models.Hierarchical((latent_dim, latent_dim)),
@@ -272,7 +294,8 @@ def build(
     *,
     latent_dim: int = 2,
     num_codes: int = 64,
-    hidden_dim: int = 128,
+    hidden_dim: int | None = None,
+    networks: Networks | None = None,
 ) -> Pair:
     """A model with a prior of the zoo and a guide that fits it.
 
@@ -282,34 +305,33 @@ def build(
         process: gives vocabulary size and length.
         latent_dim: size of a continuous latent.
         num_codes: number of codes of a categorical one.
-        hidden_dim: width of all networks.
+        hidden_dim: width of the default networks, 128 if omitted.
+        networks: all that model and guide are made of; :class:`~vadd_pyro.nn.MLPNetworks` by
+            default.
 
     Raises:
-        ValueError: for names that lead nowhere, and for a pair that does not fit, naming the
-        prior's sites.
+        ValueError: for names that lead nowhere, for networks of another process, and for a pair
+        that does not fit, naming the prior's sites.
     """
     check("priors", prior)
     check("guides", guide)
+    networks = _networks(networks, process, hidden_dim)
     if prior == "none":
         if guide not in ("auto", "none"):
             raise ValueError(
                 f"prior 'none' has no latent for guide {guide!r} to infer: use 'auto'"
             )
-        decoder = MLPDecoder(process, hidden_dim=hidden_dim)
-        return Pair(models.MDM(decoder), guides.NoLatent(), 2000)
+        return Pair(models.MDM(networks.decoder(0)), guides.NoLatent(), 2000)
     law = build_prior(
-        prior, process, latent_dim=latent_dim, num_codes=num_codes, hidden_dim=hidden_dim
+        prior, process, latent_dim=latent_dim, num_codes=num_codes, networks=networks
     )
-    shared = isinstance(law, models.VampPrior)
-    features = law.encoder if shared else MLPFeatures(process, hidden_dim=hidden_dim)
+    features = law.encoder if isinstance(law, models.VampPrior) else networks.features()
     summed = False
     if guide in GUIDES:
         family = None if guide == "auto" else guide
         fitting = guides.families_for(law, features)
         summed = fitting[:1] == ("none",) and family in (None, "none")
-    size = _latent_size(law, process)
-    # Where every code runs through the decoder, a shallower one.
-    decoder = MLPDecoder(process, size, hidden_dim=hidden_dim, num_layers=2 if summed else 3)
+    decoder = networks.decoder(_latent_size(law, process), summed=summed)
     model = models.VADD(decoder, law)
     if guide not in GUIDES:
         offered: dict[str, Callable[[], Any]] = {
@@ -320,17 +342,17 @@ def build(
             "prior": lambda: law,
             "model": lambda: model,
         }
-        made = _made(guide, _resolve("guides", guide), offered)
-        return Pair(model, made, 4000)
+        return Pair(model, _made(guide, _resolve("guides", guide), offered), 4000)
     options = {}
     if family == "semi_amortized":
         options = {"model": model, "elbo": MaskedDiffusionELBO(process)}
-    return Pair(
-        model, guides.for_prior(law, features, family, **options), 2000 if summed else 4000
-    )
+    fitted = guides.for_prior(law, features, family, **options)
+    return Pair(model, fitted, 2000 if summed else 4000)
 
 
-def _times(name: str) -> TimeDistribution:
+def times_named(name: str) -> TimeDistribution:
+    """A distribution of times by its name, a key of :data:`TIMES`."""
+    check("times", name)
     makers: dict[str, Callable[[], TimeDistribution]] = {
         "uniform": UniformTimes,
         "balanced": BalancedTimes,
@@ -338,6 +360,7 @@ def _times(name: str) -> TimeDistribution:
         "atom_uniform": lambda: AtomTimes(0.3),
         "grid": lambda: GridTimes(_STEPS),
         "few_step": FewStepTimes,
+        "part_targets": PartTargets,
     }
     return makers[name]()
 
@@ -357,7 +380,7 @@ def objective(
     check("times", times)
     options: dict[str, Any] = {
         "kl_weight": LinearAnnealing(max(1, num_iterations // 3), start=0.001),
-        "times": _times(times),
+        "times": times_named(times),
     }
     several: dict[str, Any] = {"num_particles": 8, "importance_weighted": True}
     particular: dict[str, dict[str, Any]] = {

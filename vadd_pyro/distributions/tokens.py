@@ -1,8 +1,8 @@
 r"""A row of tokens as one distribution with one kernel, and how categorical tokens are drawn.
 
-``TokenCategorical`` scores a whole row of tokens by one fused cross-entropy, where
-``Categorical(logits=...)`` normalises and keeps a copy of the logits. It behaves as the ordinary
-one does, which may be used in its place.
+``TokenCategorical`` scores a whole row of tokens at once and keeps nothing of the size of the
+logits but the logits (:mod:`vadd_pyro.distributions.scores`), where ``Categorical(logits=...)``
+normalises a copy. It behaves as the ordinary one does, which may be used in its place.
 
 Tokens are drawn by inverting the cumulative distribution, summed in double precision:
 single-precision Gumbel noise sharpens large vocabularies (Zheng et al. 2024, arXiv 2409.02908),
@@ -20,7 +20,8 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import Distribution as TorchBase
 from torch.distributions import constraints
-from torch.nn.functional import cross_entropy
+
+from vadd_pyro.distributions.scores import row_scores, shared_row_scores
 
 __all__ = [
     "TokenCategorical",
@@ -28,8 +29,6 @@ __all__ = [
     "draw_categorical",
     "token_logits",
 ]
-
-_IGNORED = -100
 
 
 def draw_categorical(logits: Tensor) -> Tensor:
@@ -57,8 +56,7 @@ def draw_categorical(logits: Tensor) -> Tensor:
 class TokenCategorical(TorchDistribution):
     """A row of tokens, independent categoricals, of which only the target positions count.
 
-    Same law as ``Categorical(logits=logits).mask(target).to_event(1)``; the log-density is one
-    fused cross-entropy.
+    Same law as ``Categorical(logits=logits).mask(target).to_event(1)``.
 
     Args:
         logits: unnormalised log-probabilities, ``(..., D, K)``.
@@ -118,32 +116,8 @@ class TokenCategorical(TorchDistribution):
         if self._validate_args:
             self._validate_sample(value)
         if self.row is not None and value.shape == self.row.shape + self.event_shape:
-            return self._shared_log_prob(value)
-        if self.target is not None:
-            value = value.masked_fill(~self.target, _IGNORED)
-        logits = self.logits
-        shape = logits.shape[:-1]
-        if value.shape != shape:
-            shape = torch.broadcast_shapes(value.shape, shape)
-            logits = logits.expand(shape + logits.shape[-1:])
-            value = value.expand(shape)
-        loss = cross_entropy(
-            logits.reshape(-1, logits.shape[-1]),
-            value.reshape(-1),
-            ignore_index=_IGNORED,
-            reduction="none",
-        )
-        return -loss.reshape(shape).sum(-1)
-
-    def _shared_log_prob(self, value: Tensor) -> Tensor:
-        """The same for rows ``(B, D)`` that share logits: normalised once, then picked."""
-        assert self.row is not None
-        length, vocab_size = self._logits.shape[-2:]
-        position = torch.arange(length, device=value.device)
-        entry = (self.row.unsqueeze(-1) * length + position) * vocab_size + value
-        log_p = self._logits.log_softmax(-1).flatten(-3).index_select(-1, entry.flatten())
-        log_p = log_p.unflatten(-1, value.shape)
-        return (log_p if self.target is None else log_p.masked_fill(~self.target, 0.0)).sum(-1)
+            return shared_row_scores(self._logits, self.row, value, self.target)
+        return row_scores(self.logits, value, self.target)
 
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Tokens at every position, ``sample_shape + batch_shape + (D,)``."""

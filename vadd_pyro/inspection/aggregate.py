@@ -28,7 +28,6 @@ import math
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
-import numpy as np
 import torch
 from pyro.distributions import Delta
 from torch import Tensor
@@ -39,6 +38,7 @@ from vadd_pyro.inspection.draws import LatentDraws, posterior_draws, prior_draws
 from vadd_pyro.inspection.scoring import check_data
 from vadd_pyro.process import MaskedBatch, check_size
 from vadd_pyro.programs import evaluation
+from vadd_pyro.quality.two_sample import TwoSampleTest, averaged_classifier, held_out_test
 from vadd_pyro.recorder import Recorder, run
 from vadd_pyro.sampling import seeded
 
@@ -59,23 +59,6 @@ _CHUNK = 2**22  # logits held at once
 _LOGITS = 2**13  # those of rows for each of which all codes are laid out
 _PROBES = 4  # draws at which a prior is asked whether it looks at the state
 _LEAST_ROWS = 20
-_MOST_PRODUCTS = 64  # columns whose products the classifier sees too
-
-
-class TwoSampleTest(NamedTuple):
-    """How well a classifier tells two samples apart.
-
-    Args:
-        accuracy: share of held-out draws told right; .5 if both have one law.
-        stderr: its standard error over rows, as if both halves erred alike: each classifier was
-            trained on the other half, so that they do not err independently.
-        p_value: of the hypothesis of one law: the smaller binomial tail of the two halves, times
-            two (Bonferroni). Valid, and cautious.
-    """
-
-    accuracy: float
-    stderr: float
-    p_value: float
 
 
 class AggregatePosterior(NamedTuple):
@@ -361,40 +344,8 @@ def two_sample_test(first: Tensor, second: Tensor, *, seed: int | None = None) -
     if first.dim() != 2 or shapes[0] != shapes[1]:
         raise ValueError(f"first and second must have one shape (N, d), got {shapes}")
     _check_rows(len(first))
-    from scipy.stats import binom
-
     x = torch.stack([first, second]).double().cpu().numpy()
     with seeded(seed):
         half = torch.randperm(len(first)).numpy() % 2
         state = int(torch.randint(2**31, ()))
-    right, errors, p_values = 0, [], []
-    for held_out in (0, 1):
-        train, test = x[:, half != held_out], x[:, half == held_out]
-        classifier = _classifier(x.shape[-1], state)
-        classifier.fit(train.reshape(-1, x.shape[-1]), np.repeat([0, 1], train.shape[1]))
-        guess = classifier.predict(test.reshape(-1, x.shape[-1])).reshape(2, -1)
-        correct = guess == np.array([[0], [1]])
-        right += int(correct.sum())
-        errors.append(correct.mean(0).std(ddof=1) / correct.shape[1] ** 0.5)
-        p_values.append(binom.sf(correct.sum() - 1, correct.size, 0.5))
-    accuracy = right / (2 * len(first))
-    return TwoSampleTest(accuracy, float(np.mean(errors)), min(1.0, 2 * float(min(p_values))))
-
-
-def _classifier(num_columns: int, state: int) -> Any:
-    from sklearn.ensemble import HistGradientBoostingClassifier, VotingClassifier
-    from sklearn.linear_model import LogisticRegression
-    from sklearn.pipeline import make_pipeline
-    from sklearn.preprocessing import PolynomialFeatures, StandardScaler
-
-    trees = HistGradientBoostingClassifier(
-        max_iter=50, max_leaf_nodes=15, early_stopping=False, random_state=state
-    )
-    degree = 2 if num_columns <= _MOST_PRODUCTS else 1
-    smooth = make_pipeline(
-        StandardScaler(),
-        PolynomialFeatures(degree, include_bias=False),
-        StandardScaler(),
-        LogisticRegression(C=0.01, max_iter=300),
-    )
-    return VotingClassifier([("trees", trees), ("smooth", smooth)], voting="soft")
+    return held_out_test(x, half, averaged_classifier(x.shape[-1], state))

@@ -5,40 +5,63 @@ what for      decoder                features                encoder
 ============= ====================== ======================= ======================
 toy densities ``MLPDecoder``         ``MLPFeatures``         ``MLPEncoder``
 tables        ``ResidualDecoder``    ``ResidualFeatures``    ``ResidualEncoder``
+tables, codes ``LateDecoder``        the same                the same
 images        ``UNetDecoder``        ``UNetFeatures``        ``UNetEncoder``
 text          ``TransformerDecoder`` ``TransformerFeatures`` ``TransformerEncoder``
 ============= ====================== ======================= ======================
 
 A decoder maps ``(x_t, z, t)`` to logits, features map a :class:`~vadd_pyro.MaskedBatch` to ``(B,
-F)``, an encoder to ``(z_loc, z_scale)``.
+F)``, an encoder to ``(z_loc, z_scale)``. ``State(features)`` are features of the state alone, for
+priors, and ``StateNormal(State(features), latent_dim)`` is a prior network. ``Networks`` make all
+that a model and its guide need of one backbone.
 """
 
+from vadd_pyro.nn.base import normal_parameters
 from vadd_pyro.nn.mlp import (
     MLPDecoder,
     MLPEncoder,
     MLPFeatures,
     StateEncoder,
     StateFeatures,
-    normal_parameters,
 )
-from vadd_pyro.nn.residual import ResidualDecoder, ResidualEncoder, ResidualFeatures
+from vadd_pyro.nn.networks import (
+    NETWORKS,
+    MLPNetworks,
+    Networks,
+    ResidualNetworks,
+    TransformerNetworks,
+    UNetNetworks,
+    make_networks,
+)
+from vadd_pyro.nn.residual import LateDecoder, ResidualDecoder, ResidualEncoder, ResidualFeatures
+from vadd_pyro.nn.state import State, StateNormal
 from vadd_pyro.nn.transformer import TransformerDecoder, TransformerEncoder, TransformerFeatures
 from vadd_pyro.nn.unet import UNetDecoder, UNetEncoder, UNetFeatures
 
 __all__ = [
+    "NETWORKS",
+    "LateDecoder",
     "MLPDecoder",
     "MLPEncoder",
     "MLPFeatures",
+    "MLPNetworks",
+    "Networks",
     "ResidualDecoder",
     "ResidualEncoder",
     "ResidualFeatures",
+    "ResidualNetworks",
+    "State",
     "StateEncoder",
     "StateFeatures",
+    "StateNormal",
     "TransformerDecoder",
     "TransformerEncoder",
     "TransformerFeatures",
+    "TransformerNetworks",
     "UNetDecoder",
     "UNetEncoder",
     "UNetFeatures",
+    "UNetNetworks",
+    "make_networks",
     "normal_parameters",
 ]

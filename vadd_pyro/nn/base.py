@@ -2,16 +2,32 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import embedding, softplus
 
-from vadd_pyro.nn.conditioning import TokenCode, full_precision
-from vadd_pyro.nn.mlp import normal_parameters
+from vadd_pyro.nn.conditioning import full_precision
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
-__all__ = ["Decoder", "Features", "NormalEncoder", "status_of"]
+__all__ = ["Decoder", "Features", "NormalEncoder", "normal_parameters", "status_of"]
+
+_UNIT_SCALE = math.log(math.e - 1)  # softplus of this is one
+_LEAST_SCALE = 1e-4
+
+
+def normal_parameters(raw: Tensor) -> tuple[Tensor, Tensor]:
+    """``(z_loc, z_scale)`` from ``(..., 2 d)``; a zero gives mean zero and scale one.
+
+    Half-precision numbers are made float32 first: a density divides by the scale, and half
+    precision would round that.
+    """
+    if raw.dtype in (torch.float16, torch.bfloat16):
+        raw = raw.float()
+    z_loc, z_raw = raw.chunk(2, -1)
+    return z_loc, softplus(z_raw + _UNIT_SCALE) + _LEAST_SCALE
 
 
 class Decoder(nn.Module):
@@ -87,7 +103,7 @@ class Decoder(nn.Module):
 
 class Features(nn.Module):
     """Recognition features ``(B, F)`` of ``x_0`` and of which positions are visible, masked and
-    targeted; a subclass writes ``_features``.
+    targeted; a subclass writes ``_token_vectors`` and ``_features``.
 
     They must tell the mask, or what is built on them cannot know what the latent is needed for,
     and collapses; and the targets, for the bound of a T-step sampler scores those alone.
@@ -95,31 +111,45 @@ class Features(nn.Module):
     Args:
         process: gives vocabulary size and length.
         feature_dim: ``F``.
-        tokens: vectors of the clean tokens.
 
     Shapes:
         a :class:`MaskedBatch` of ``B`` rows gives ``(B, F)``.
     """
 
-    def __init__(self, process: MaskingProcess, feature_dim: int, tokens: TokenCode) -> None:
+    def __init__(self, process: MaskingProcess, feature_dim: int) -> None:
         super().__init__()
         check_size("feature_dim", feature_dim)
         self.length = process.length
         self.vocab_size = process.vocab_size
         self.feature_dim = feature_dim
-        self.tokens = tokens
+
+    def _token_vectors(self) -> Tensor:
+        """Vectors of the clean tokens, ``(K, e)``."""
+        raise NotImplementedError
 
     def _features(self, codes: Tensor, batch: MaskedBatch) -> Tensor:
+        """``(..., B, F)`` from vectors of tokens, ``(..., B, D, e)``, and the batch's ``masked``,
+        ``target`` and ``t``.
+        """
         raise NotImplementedError
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         if batch.x_0 is None:
             raise ValueError("batch.x_0 is None: a recognition network needs the clean tokens")
-        if batch.x_0.shape[1] != self.length:
-            raise ValueError(
-                f"batch.x_0 must have shape (batch, {self.length}), got {tuple(batch.x_0.shape)}"
-            )
-        return self._features(self.tokens(batch.x_0), batch)
+        self._check_rows("x_0", batch.x_0)
+        return self._features(embedding(batch.x_0, self._token_vectors()), batch)
+
+    def state(self, batch: MaskedBatch) -> Tensor:
+        """Features ``(B, F)`` of the state ``(x_t, t)``: what a prior or a model may look at.
+
+        A masked position, targeted as far as the network knows, has zeros for the vector of its
+        token. Neither ``x_0`` nor ``target`` is read.
+        """
+        self._check_rows("x_t", batch.x_t)
+        masked = batch.x_t == self.vocab_size
+        codes = embedding(batch.x_t.masked_fill(masked, 0), self._token_vectors())
+        codes = codes.masked_fill(masked.unsqueeze(-1), 0.0)
+        return self._features(codes, MaskedBatch(batch.x_t, batch.t, masked, masked))
 
     def soft(self, probabilities: Tensor, batch: MaskedBatch) -> Tensor:
         """Features of rows that are not tokens but distributions over them.
@@ -136,7 +166,13 @@ class Features(nn.Module):
                 f"probabilities must have shape (..., {self.length}, {self.vocab_size}), got "
                 f"{tuple(probabilities.shape)}"
             )
-        return self._features(self.tokens.soft(probabilities), batch)
+        return self._features(probabilities @ self._token_vectors(), batch)
+
+    def _check_rows(self, name: str, tokens: Tensor) -> None:
+        if tokens.shape[1] != self.length:
+            raise ValueError(
+                f"batch.{name} must have shape (batch, {self.length}), got {tuple(tokens.shape)}"
+            )
 
 
 def status_of(batch: MaskedBatch, like: Tensor) -> Tensor:

@@ -84,10 +84,11 @@ class TokenCode(nn.Module):
     def forward(self, tokens: Tensor) -> Tensor:
         return embedding(tokens, self.fixed if self.learned is None else self.learned.weight)
 
-    def soft(self, probabilities: Tensor) -> Tensor:
-        """Expected vectors under ``probabilities (..., K)`` of the clean tokens."""
+    @property
+    def clean(self) -> Tensor:
+        """Vectors of the clean tokens, ``(K, dim)``."""
         table = self.fixed if self.learned is None else self.learned.weight
-        return probabilities @ table[: self.vocab_size]
+        return table[: self.vocab_size]
 
 
 class _TimeEmbedding(nn.Module):
@@ -115,13 +116,14 @@ class Condition(nn.Module):
     ``(C, 1, size)``; None without latent and time.
 
     Args:
-        size: size of ``c``.
+        size: size of ``c``, the ``condition_dim`` of decoders and features.
         latent_dim: size of the latent; 0 for none.
         time_conditioning: whether the time is told.
     """
 
     def __init__(self, size: int, latent_dim: int, *, time_conditioning: bool) -> None:
         super().__init__()
+        check_size("condition_dim", size)
         self.latent = nn.Linear(latent_dim, size) if latent_dim else None
         self.time = _TimeEmbedding(size) if time_conditioning else None
         self.size = size if latent_dim or time_conditioning else 0

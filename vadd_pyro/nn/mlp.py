@@ -9,11 +9,11 @@ alone is computed once.
 
 from __future__ import annotations
 
-import math
-
 from torch import Tensor, nn
-from torch.nn.functional import softplus
 
+from vadd_pyro.nn.base import Decoder, Features, NormalEncoder, normal_parameters
+from vadd_pyro.nn.conditioning import full_precision
+from vadd_pyro.nn.state import StateNormal
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
 __all__ = [
@@ -25,13 +25,10 @@ __all__ = [
     "normal_parameters",
 ]
 
-_UNIT_SCALE = math.log(math.e - 1)  # softplus of this is one
-_LEAST_SCALE = 1e-4
-
 
 def _check_sizes(**sizes: int) -> None:
     for name, value in sizes.items():
-        check_size(name, value, least=0 if name == "latent_dim" else 1)
+        check_size(name, value)
 
 
 class _Hidden(nn.Module):
@@ -51,13 +48,7 @@ class _Hidden(nn.Module):
         return self.layers(h)
 
 
-def normal_parameters(raw: Tensor) -> tuple[Tensor, Tensor]:
-    """``(z_loc, z_scale)`` from ``(..., 2 d)``; a zero gives mean zero and scale one."""
-    z_loc, z_raw = raw.chunk(2, -1)
-    return z_loc, softplus(z_raw + _UNIT_SCALE) + _LEAST_SCALE
-
-
-class MLPDecoder(nn.Module):
+class MLPDecoder(Decoder):
     r"""Decoder ``mu(x_t, z, t)``: logits of the clean token at every position.
 
     Args:
@@ -85,16 +76,8 @@ class MLPDecoder(nn.Module):
         embedding_dim: int = 32,
         time_conditioning: bool = False,
     ) -> None:
-        super().__init__()
-        _check_sizes(
-            latent_dim=latent_dim,
-            hidden_dim=hidden_dim,
-            num_layers=num_layers,
-            embedding_dim=embedding_dim,
-        )
-        self.latent_dim = latent_dim
-        self.length = process.length
-        self.vocab_size = process.vocab_size
+        super().__init__(process, latent_dim, time_conditioning=time_conditioning)
+        _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
         self.embedding = nn.Embedding(process.vocab_size + 1, embedding_dim)
         self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
         self.latent = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim else None
@@ -102,47 +85,19 @@ class MLPDecoder(nn.Module):
         self.hidden = _Hidden(hidden_dim, num_layers)
         self.head = nn.Linear(hidden_dim, process.length * process.vocab_size)
 
-    def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
-        if self.latent is not None and (z is None or z.shape[-1] != self.latent_dim):
-            raise ValueError(
-                f"z must have latent_dim = {self.latent_dim} as its last dimension, got "
-                f"{None if z is None else tuple(z.shape)}"
-            )
-        if self.latent is None and z is not None:
-            raise ValueError(
-                f"the decoder has latent_dim = 0 and would ignore z {tuple(z.shape)}: give it the "
-                "size of the latent"
-            )
-        shared = self.shared_states(x_t, z)
-        if shared is not None and len(shared[0]) < len(x_t):
-            return self._logits(shared[0], z, t).index_select(-3, shared[1])
-        return self._logits(x_t, z, t)
-
-    def shared_states(self, x_t: Tensor, z: Tensor | None) -> tuple[Tensor, Tensor] | None:
-        """The distinct rows ``(U, D)``, and which of them each row is, ``(B,)``, where equal rows
-        have equal logits: if the latents of a support are laid out for all rows, and the time does
-        not count. None elsewhere.
-        """
-        same_for_all_rows = z is not None and z.dim() > 2 and z.shape[-2] == 1
-        if not same_for_all_rows or self.time is not None or len(x_t) < 2:
-            return None
-        return x_t.unique(dim=0, return_inverse=True)
-
     def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
         h = self.tokens(self.embedding(x_t).flatten(-2))
         if self.time is not None:
             h = h + self.time(t.unsqueeze(-1))
         if self.latent is not None:
             h = h + self.latent(z)
-        return self.head(self.hidden(h)).unflatten(-1, (self.length, self.vocab_size))
+        logits = full_precision(self.head, self.hidden(h))
+        return logits.unflatten(-1, (self.length, self.vocab_size))
 
 
-class MLPFeatures(nn.Module):
+class MLPFeatures(Features):
     r"""Recognition features ``(B, F)`` of ``x_0`` and of which positions are visible, masked and
     targeted.
-
-    They must tell the mask, or what is built on them cannot know what the latent is needed for,
-    and collapses.
 
     Args:
         process: gives vocabulary size and length.
@@ -163,43 +118,26 @@ class MLPFeatures(nn.Module):
         embedding_dim: int = 32,
         time_conditioning: bool = False,
     ) -> None:
-        super().__init__()
         _check_sizes(hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim)
-        self.length = process.length
-        self.vocab_size = process.vocab_size
-        self.feature_dim = hidden_dim
+        super().__init__(process, hidden_dim)
         self.embedding = nn.Embedding(process.vocab_size, embedding_dim)
         self.status = nn.Embedding(3, embedding_dim)  # visible, masked, masked and targeted
         self.tokens = nn.Linear(process.length * embedding_dim, hidden_dim)
         self.time = nn.Linear(1, hidden_dim, bias=False) if time_conditioning else None
         self.hidden = _Hidden(hidden_dim, num_layers)
 
-    def forward(self, batch: MaskedBatch) -> Tensor:
-        if batch.x_0 is None:
-            raise ValueError("batch.x_0 is None: a recognition network needs the clean tokens")
-        return self._features(self.embedding(batch.x_0), batch)
+    def _token_vectors(self) -> Tensor:
+        return self.embedding.weight
 
-    def soft(self, probabilities: Tensor, batch: MaskedBatch) -> Tensor:
-        """Features of rows that are not tokens but distributions over them.
-
-        Args:
-            probabilities: ``(..., B, D, K)``, in place of ``x_0``.
-            batch: says what is visible and targeted, ``B`` rows; its ``x_0`` is not read.
-
-        Returns:
-            ``(..., B, F)``.
-        """
-        return self._features(probabilities @ self.embedding.weight, batch)
-
-    def _features(self, embedded: Tensor, batch: MaskedBatch) -> Tensor:
+    def _features(self, codes: Tensor, batch: MaskedBatch) -> Tensor:
         status = batch.masked.long() + batch.target.long()
-        h = self.tokens((embedded + self.status(status)).flatten(-2))
+        h = self.tokens((codes + self.status(status)).flatten(-2))
         if self.time is not None:
             h = h + self.time(batch.t.unsqueeze(-1))
         return self.hidden(h)
 
 
-class MLPEncoder(nn.Module):
+class MLPEncoder(NormalEncoder):
     r"""Recognition network: ``(z_loc, z_scale)`` from :class:`MLPFeatures`.
 
     Args:
@@ -221,24 +159,14 @@ class MLPEncoder(nn.Module):
         embedding_dim: int = 32,
         time_conditioning: bool = False,
     ) -> None:
-        super().__init__()
-        check_size("latent_dim", latent_dim)
-        self.latent_dim = latent_dim
-        self.features = MLPFeatures(
+        features = MLPFeatures(
             process,
             hidden_dim=hidden_dim,
             num_layers=num_layers,
             embedding_dim=embedding_dim,
             time_conditioning=time_conditioning,
         )
-        self.head = nn.Linear(hidden_dim, 2 * latent_dim)
-
-    def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        return normal_parameters(self.head(self.features(batch)))
-
-    def soft(self, probabilities: Tensor, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        """``(z_loc, z_scale)`` of soft rows, as :meth:`MLPFeatures.soft`."""
-        return normal_parameters(self.head(self.features.soft(probabilities, batch)))
+        super().__init__(features, latent_dim)
 
 
 class StateFeatures(nn.Module):
@@ -274,7 +202,7 @@ class StateFeatures(nn.Module):
         return self.hidden(h)
 
 
-class StateEncoder(nn.Module):
+class StateEncoder(StateNormal):
     r"""Prior network: ``(z_loc, z_scale)`` of ``p(z | x_t, t)``, standard normal before training.
 
     Args:
@@ -296,15 +224,7 @@ class StateEncoder(nn.Module):
         num_layers: int = 2,
         embedding_dim: int = 32,
     ) -> None:
-        super().__init__()
-        check_size("latent_dim", latent_dim)
-        self.latent_dim = latent_dim
-        self.features = StateFeatures(
+        features = StateFeatures(
             process, hidden_dim=hidden_dim, num_layers=num_layers, embedding_dim=embedding_dim
         )
-        self.head = nn.Linear(hidden_dim, 2 * latent_dim)
-        nn.init.zeros_(self.head.weight)
-        nn.init.zeros_(self.head.bias)
-
-    def forward(self, batch: MaskedBatch) -> tuple[Tensor, Tensor]:
-        return normal_parameters(self.head(self.features(batch)))
+        super().__init__(features, latent_dim)

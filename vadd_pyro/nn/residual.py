@@ -11,6 +11,14 @@ with ``c`` the vector of a token. For a large vocabulary :math:`F_{jk} = G_j^\to
 vector ``v_k`` a token for all positions, so that the parameters grow as ``D + K`` and not as
 their product.
 
+``LateDecoder`` is for latents that are summed out, for then every code runs through the decoder.
+Blocks of full width see ``x_t`` alone and run once a row, narrow ones see the latent and run once
+a code,
+
+.. math::
+    h = \mathrm{blocks}(x_t, t) , \qquad g = \mathrm{narrow}(W h + A z, z) , \qquad \log \mu_j(k)
+    = F_{jk} \cdot h + F'_{jk} \cdot g + b_{jk} + \text{const} .
+
 References:
     He et al. 2016 (arXiv 1603.05027) for the residual blocks; see also
     :mod:`vadd_pyro.nn.conditioning`.
@@ -34,7 +42,9 @@ from vadd_pyro.nn.conditioning import (
 )
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
-__all__ = ["ResidualDecoder", "ResidualEncoder", "ResidualFeatures"]
+__all__ = ["LateDecoder", "ResidualDecoder", "ResidualEncoder", "ResidualFeatures"]
+
+_LATE_STD = 0.02  # of the weights by which codes differ before training
 
 
 class _Norm(nn.Module):
@@ -85,27 +95,36 @@ class _Trunk(nn.Module):
 
 
 class _PositionHead(nn.Module):
-    """Logits ``(..., D, K)`` from a row's vector, all equal before training."""
+    """Logits ``(..., D, K)`` from a row's vector, all equal before training.
 
-    def __init__(self, width: int, length: int, vocab_size: int, embedding_dim: int) -> None:
+    ``bias`` adds learned numbers to them.
+    """
+
+    def __init__(
+        self, width: int, length: int, vocab_size: int, embedding_dim: int, *, bias: bool = True
+    ) -> None:
         super().__init__()
         self.shape = (length, vocab_size)
         self.positions: nn.Linear | None = None
+        self.bias: nn.Parameter | None = None
         if vocab_size > embedding_dim:
             self.positions = nn.Linear(width, length * embedding_dim)
             self.tokens = nn.Linear(embedding_dim, vocab_size, bias=False)
-            self.bias = nn.Parameter(torch.zeros(length, vocab_size))
+            if bias:
+                self.bias = nn.Parameter(torch.zeros(length, vocab_size))
         else:
-            self.tokens = nn.Linear(width, length * vocab_size)
-            nn.init.zeros_(self.tokens.bias)
+            self.tokens = nn.Linear(width, length * vocab_size, bias=bias)
+            if bias:
+                nn.init.zeros_(self.tokens.bias)
         nn.init.zeros_(self.tokens.weight)
 
     def forward(self, h: Tensor) -> Tensor:
         if self.positions is None:
             return full_precision(self.tokens, h).unflatten(-1, self.shape)
         vectors = self.positions(h).unflatten(-1, (self.shape[0], -1))
+        logits = full_precision(self.tokens, vectors)
         # In place, for logits are the largest tensor there is.
-        return full_precision(self.tokens, vectors).add_(self.bias)
+        return logits if self.bias is None else logits.add_(self.bias)
 
 
 class ResidualDecoder(Decoder):
@@ -146,7 +165,6 @@ class ResidualDecoder(Decoder):
     ) -> None:
         super().__init__(process, latent_dim, time_conditioning=time_conditioning)
         check_size("hidden_dim", hidden_dim)
-        check_size("condition_dim", condition_dim)
         self.tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=True)
         self.inputs = nn.Linear(process.length * self.tokens.dim, hidden_dim)
         self.latent = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim else None
@@ -159,6 +177,74 @@ class ResidualDecoder(Decoder):
         if self.latent is not None:
             h = h + self.latent(z)
         return self.head(self.trunk(h, self.condition(z, t)))
+
+
+class LateDecoder(Decoder):
+    r"""Decoder ``mu(x_t, z, t)`` whose latent enters late; see the module's text.
+
+    Under the codes ``(C, 1, d)`` of a latent that is summed out, what is wide is computed once a
+    row and what is narrow ``C`` times. The codes' share of the logits is small before training,
+    but not zero: codes that start alike would stay alike. Logits are float32 under autocast.
+
+    Args:
+        process: gives vocabulary size ``K`` and length ``D``.
+        latent_dim: size ``d`` of the latent; 0 for a model without one.
+        hidden_dim: width of the blocks that see ``x_t``.
+        num_blocks: number of them, of two layers each.
+        latent_hidden_dim: width of the blocks that see the latent too.
+        num_latent_blocks: number of them.
+        embedding_dim, condition_dim, time_conditioning: as in :class:`ResidualDecoder`.
+        dropout: probability of dropping a hidden unit. In the wide blocks one drawing serves all
+            latents of a row.
+
+    Shapes:
+        ``x_t (B, D)``, ``z (..., B, d)`` or anything that broadcasts with it such as ``(C, 1,
+        d)``, ``t (B,)``; returns ``(..., B, D, K)``.
+    """
+
+    def __init__(
+        self,
+        process: MaskingProcess,
+        latent_dim: int = 0,
+        *,
+        hidden_dim: int = 512,
+        num_blocks: int = 3,
+        latent_hidden_dim: int = 128,
+        num_latent_blocks: int = 1,
+        embedding_dim: int = 32,
+        condition_dim: int = 128,
+        time_conditioning: bool = False,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__(process, latent_dim, time_conditioning=time_conditioning)
+        check_size("hidden_dim", hidden_dim)
+        check_size("latent_hidden_dim", latent_hidden_dim)
+        check_size("num_latent_blocks", num_latent_blocks)
+        sizes = process.length, process.vocab_size, embedding_dim
+        self.tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=True)
+        self.inputs = nn.Linear(process.length * self.tokens.dim, hidden_dim)
+        self.time = Condition(condition_dim, 0, time_conditioning=time_conditioning)
+        self.trunk = _Trunk(hidden_dim, num_blocks, self.time.size, dropout)
+        self.head = _PositionHead(hidden_dim, *sizes)
+        self.latent: nn.Linear | None = None
+        if latent_dim:
+            self.latent = nn.Linear(latent_dim, latent_hidden_dim, bias=False)
+            self.narrow = nn.Linear(hidden_dim, latent_hidden_dim)
+            self.condition = Condition(condition_dim, latent_dim, time_conditioning=False)
+            self.latent_trunk = _Trunk(
+                latent_hidden_dim, num_latent_blocks, self.condition.size, dropout
+            )
+            self.latent_head = _PositionHead(latent_hidden_dim, *sizes, bias=False)
+            nn.init.normal_(self.latent_head.tokens.weight, std=_LATE_STD)
+
+    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        h = self.trunk(self.inputs(self.tokens(x_t).flatten(-2)), self.time(None, t))
+        logits = self.head(h)
+        if self.latent is None:
+            return logits
+        g = self.latent_trunk(self.narrow(h) + self.latent(z), self.condition(z, t))
+        # In place, for those of all codes are the largest tensor there is.
+        return self.latent_head(g).add_(logits)
 
 
 class ResidualFeatures(Features):
@@ -187,12 +273,14 @@ class ResidualFeatures(Features):
         dropout: float = 0.0,
     ) -> None:
         check_size("hidden_dim", hidden_dim)
-        check_size("condition_dim", condition_dim)
-        tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=False)
-        super().__init__(process, hidden_dim, tokens)
-        self.inputs = nn.Linear(process.length * (tokens.dim + 2), hidden_dim)
+        super().__init__(process, hidden_dim)
+        self.tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=False)
+        self.inputs = nn.Linear(process.length * (self.tokens.dim + 2), hidden_dim)
         self.condition = Condition(condition_dim, 0, time_conditioning=time_conditioning)
         self.trunk = _Trunk(hidden_dim, num_blocks, self.condition.size, dropout)
+
+    def _token_vectors(self) -> Tensor:
+        return self.tokens.clean
 
     def _features(self, codes: Tensor, batch: MaskedBatch) -> Tensor:
         status = status_of(batch, codes).expand(*codes.shape[:-1], 2)

@@ -187,7 +187,6 @@ class TransformerDecoder(Decoder):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(process, latent_dim, time_conditioning=time_conditioning)
-        check_size("condition_dim", condition_dim)
         self.condition = Condition(condition_dim, latent_dim, time_conditioning=time_conditioning)
         self.trunk = _Trunk(
             process,
@@ -240,8 +239,8 @@ class TransformerFeatures(Features):
     ) -> None:
         check_size("hidden_dim", hidden_dim)
         check_size("condition_dim", condition_dim)
-        tokens = _embeddings(process.vocab_size, hidden_dim, with_mask=False)
-        super().__init__(process, hidden_dim, tokens)
+        super().__init__(process, hidden_dim)
+        self.tokens = _embeddings(process.vocab_size, hidden_dim, with_mask=False)
         self.status = nn.Parameter(torch.randn(2, condition_dim))  # masked; masked and targeted
         self.condition = Condition(condition_dim, 0, time_conditioning=time_conditioning)
         self.trunk = _Trunk(
@@ -259,6 +258,9 @@ class TransformerFeatures(Features):
         for modulation in (*self.trunk.modulations, self.trunk.last):
             nn.init.normal_(modulation.weight, std=0.1 * condition_dim**-0.5)
         self.pool = AttentionPool(hidden_dim, num_heads)
+
+    def _token_vectors(self) -> Tensor:
+        return self.tokens.clean
 
     def _features(self, codes: Tensor, batch: MaskedBatch) -> Tensor:
         time = self.condition(None, batch.t)

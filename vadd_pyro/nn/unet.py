@@ -26,7 +26,7 @@ from torch.nn.functional import silu
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder, status_of
 from vadd_pyro.nn.conditioning import Condition, TokenCode, full_precision
 from vadd_pyro.nn.paths import DownPath, UpPath, group_norm, zero_
-from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
+from vadd_pyro.process import MaskedBatch, MaskingProcess
 
 __all__ = ["UNetDecoder", "UNetEncoder", "UNetFeatures"]
 
@@ -78,7 +78,6 @@ class UNetDecoder(Decoder):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(process, latent_dim, time_conditioning=time_conditioning)
-        check_size("condition_dim", condition_dim)
         self.tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=True)
         self.condition = Condition(condition_dim, latent_dim, time_conditioning=time_conditioning)
         self.down = DownPath(
@@ -160,13 +159,12 @@ class UNetFeatures(Features):
         time_conditioning: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        check_size("condition_dim", condition_dim)
-        tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=False)
-        super().__init__(process, feature_dim, tokens)
+        super().__init__(process, feature_dim)
+        self.tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=False)
         self.condition = Condition(condition_dim, 0, time_conditioning=time_conditioning)
         self.down = DownPath(
             process,
-            tokens.dim + 2,
+            self.tokens.dim + 2,
             self.condition.size,
             0,
             shape=shape,
@@ -180,6 +178,9 @@ class UNetFeatures(Features):
         )
         self.norm = group_norm(self.down.coarsest[0])
         self.output = nn.Linear(math.prod(self.down.coarsest), feature_dim)
+
+    def _token_vectors(self) -> Tensor:
+        return self.tokens.clean
 
     def _features(self, codes: Tensor, batch: MaskedBatch) -> Tensor:
         status = status_of(batch, codes).expand(*codes.shape[:-1], 2)

@@ -11,15 +11,18 @@ from vadd_pyro.plotting.completions import completions_plot
 from vadd_pyro.plotting.densities import compare_steps, save_figure, show_density
 from vadd_pyro.plotting.diagnostics import gap_bars, pareto_k_plot, rank_plot
 from vadd_pyro.plotting.latents import compare_posteriors, density_holes, latent_scatter
-from vadd_pyro.plotting.rows import denoising_path, show_images, show_tokens
+from vadd_pyro.plotting.rows import denoising_path, picture_row, show_images, show_tokens
+from vadd_pyro.plotting.steps import Curve, curves_by_steps
 from vadd_pyro.plotting.times import kl_over_time, total_correlation_plot, units_over_time
 from vadd_pyro.plotting.traversals import latent_traversal, laws_by_latent
 
 __all__ = [
+    "Curve",
     "code_usage",
     "compare_posteriors",
     "compare_steps",
     "completions_plot",
+    "curves_by_steps",
     "denoising_path",
     "density_holes",
     "gap_bars",
@@ -28,6 +31,7 @@ __all__ = [
     "latent_traversal",
     "laws_by_latent",
     "pareto_k_plot",
+    "picture_row",
     "rank_plot",
     "save_figure",
     "show_density",

@@ -22,6 +22,7 @@ from vadd_pyro.plotting.cells import (
 from vadd_pyro.plotting.style import (
     COLORS,
     MINUS,
+    SMALL,
     Values,
     check_names,
     frame,
@@ -35,7 +36,7 @@ from vadd_pyro.plotting.style import (
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-__all__ = ["denoising_path", "show_images", "show_tokens"]
+__all__ = ["denoising_path", "picture_row", "show_images", "show_tokens"]
 
 _GAP = 0.6  # columns between states and latents
 
@@ -272,3 +273,50 @@ def show_images(
         ax.imshow(np.ma.masked_array(np.ones(sheet.shape), ~hidden), cmap=blue, **style)
         legend_below(ax, [Patch(color=COLORS[5], label="masked")], ticks=False)
     return ax
+
+
+def picture_row(pictures: Values, ax: Axes | None = None, label: str = "") -> Axes:
+    """Pictures side by side, with a name to their left.
+
+    Args:
+        pictures: brightness in ``[0, 1]``, ``(N, H, W)`` or ``(N, H, W, 3)``; pixels of -1 are
+            masked, and blue.
+        ax: axis to draw on; a new one if omitted.
+        label: the name.
+
+    Returns:
+        The axis.
+
+    Raises:
+        ValueError: for another shape, or brightness out of range.
+    """
+    array = np.asarray(pictures, dtype=float)
+    if array.ndim not in (3, 4) or (array.ndim == 4 and array.shape[-1] != 3):
+        raise ValueError(f"pictures must have shape (N, H, W) or (N, H, W, 3), got {array.shape}")
+    hidden = (array == -1).reshape(*array.shape[:3], -1).all(-1)
+    inside = (array >= 0) & (array <= 1) | (array == -1)
+    if not inside.all():
+        raise ValueError(
+            f"pictures must have brightness in [0, 1], got {array.min():g} to {array.max():g}"
+        )
+    colour = array if array.ndim == 4 else array[..., None].repeat(3, -1)
+    colour = np.where(hidden[..., None], _rgb(COLORS[5]), colour)
+    count, high, wide = colour.shape[:3]
+    gap = max(1, round(0.08 * wide))
+    line = np.ones((high, count * (wide + gap) - gap, 3))
+    for i, picture in enumerate(colour):
+        line[:, i * (wide + gap) : i * (wide + gap) + wide] = picture
+    ax = new_axis(ax, height=0.8, width=6.0)
+    ax.imshow(line, interpolation="nearest", vmin=0, vmax=1)
+    frame(ax, "", "", "")
+    ax.set_xticks([])
+    ax.set_yticks([])
+    no_frame(ax)
+    ax.set_ylabel(label, rotation=0, ha="right", va="center", fontsize=SMALL, labelpad=6)
+    return ax
+
+
+def _rgb(colour: str) -> Any:
+    from matplotlib.colors import to_rgb
+
+    return to_rgb(colour)

@@ -1,0 +1,81 @@
+r"""A normal guide told relative to a normal prior: what is inferred is what the targets add.
+
+With the prior's :math:`p(z \mid x_t, t) = N(m, s^2)` in every coordinate, it is the prior times a
+normal factor with as much power as there are targets among the masked positions,
+
+.. math::
+    r(z \mid x_0, x_t) \propto p(z \mid x_t, t)\; \exp\Big(\eta\, u - \frac{\tau}{2} u^2
+    \Big)^{\omega}, \quad u = \frac{z - m}{s}, \quad \omega = \frac{|S|}{|M|} , \qquad
+    r = N\Big(m + s\, \frac{\omega \eta}{1 + \omega \tau}, \frac{s^2}{1 + \omega \tau}\Big),
+
+where a recognition network reads :math:`\tau \ge 0` and ``b``, and :math:`\eta = b (1 + \tau)`,
+so that ``b`` is the shift of the mean in the prior's units where all that is masked is a target. A
+likelihood of part of the positions has about that part of the evidence, so a step that reveals
+little hardly moves the prior, whatever the network says. A guide that writes mean and scale by
+itself must learn that for every state, and what it misses costs a KL at each of T steps.
+
+References:
+    Sønderby et al. 2016, "Ladder Variational Autoencoders" (arXiv 1602.02282), for the product of
+    prior and factor.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pyro
+import torch
+from torch import Tensor
+from torch.nn.functional import softplus
+
+from vadd_pyro.distributions import DiagonalNormal
+from vadd_pyro.guides.features import Features, Head
+from vadd_pyro.process import MaskedBatch, check_size
+from vadd_pyro.programs import Program, check_callable
+
+__all__ = ["RelativeNormal"]
+
+_START = 2.0  # of tau before softplus: the decoder must find something in z from the start
+
+
+class RelativeNormal(Program):
+    """Samples ``"z"`` from a diagonal normal told relative to that of the prior.
+
+    Args:
+        features: recognition features, such as :class:`vadd_pyro.nn.MLPFeatures`.
+        latent_dim: size ``d`` of ``z``.
+        prior: the model's prior, which gives a :class:`~vadd_pyro.distributions.DiagonalNormal`,
+            such as :class:`vadd_pyro.models.StandardNormal` or
+            :class:`vadd_pyro.models.ConditionalNormal`. Its parameters are shared with the model
+            and trained by both; :func:`vadd_pyro.fit_guide` takes ``copy.deepcopy(guide)``, which
+            has its own.
+    """
+
+    def __init__(
+        self, features: Features, latent_dim: int, prior: Callable[[MaskedBatch], Any]
+    ) -> None:
+        super().__init__()
+        check_size("latent_dim", latent_dim)
+        check_callable("prior", prior)
+        self.latent_dim = latent_dim
+        self.prior = prior
+        self.head = Head(features, 2 * latent_dim, gain=2.0)
+        with torch.no_grad():
+            self.head.linear.bias[latent_dim:] = _START
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        shift, raw = self.head(batch).chunk(2, -1)
+        tau = softplus(raw)
+        masked = batch.masked.sum(-1, keepdim=True).clamp_min(1)
+        share = batch.target.sum(-1, keepdim=True) / masked
+        precision = 1 + share * tau
+        with pyro.plate("data", len(batch), dim=-1):
+            law = self.prior(batch)
+            if not isinstance(law, DiagonalNormal):
+                raise TypeError(
+                    "RelativeNormal needs a prior that returns a DiagonalNormal, got "
+                    f"{type(law).__name__}"
+                )
+            z_loc = law.loc + law.scale * (share * shift * (1 + tau) / precision)
+            return pyro.sample("z", DiagonalNormal(z_loc, law.scale * precision.rsqrt()))

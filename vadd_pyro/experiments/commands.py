@@ -1,0 +1,259 @@
+"""What ``vadd-pyro train``, ``evaluate``, ``sample`` and ``infill`` do."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vadd_pyro.checkpoints import check_writable, read_json, write_json
+from vadd_pyro.data.text import TextData
+from vadd_pyro.experiments import drawing, report
+from vadd_pyro.experiments.evaluation import Judge, evaluate
+from vadd_pyro.experiments.settings import Settings
+from vadd_pyro.experiments.store import Experiment, load
+from vadd_pyro.experiments.training import train
+from vadd_pyro.inspection import inspect_pair
+from vadd_pyro.runs import find_runs, told
+
+__all__ = ["run_evaluate", "run_infill", "run_inspect", "run_sample", "run_train"]
+
+
+def _say(line: str) -> None:
+    print(line, file=sys.stderr, flush=True)
+
+
+def run_train(
+    settings: Sequence[Settings],
+    out: str | Path,
+    num_seeds: int = 1,
+    *,
+    measure: dict[str, Any] | None = None,
+    checkpoint_every: int = 250,
+    progress: bool = True,
+) -> list[Path]:
+    """Train each of some settings from several seeds, and measure them if asked to.
+
+    Args:
+        settings: one for each model.
+        out: the run folder; where there are several runs, ``out/<model>/seed<n>``.
+        num_seeds: seeds, counted from that of the settings.
+        measure: arguments of :func:`~vadd_pyro.experiments.evaluation.evaluate`, None not to
+            measure.
+        checkpoint_every: updates between two checkpoints.
+        progress: whether to show bars.
+
+    Returns:
+        The run folders.
+    """
+    out = Path(out)
+    check_writable(out / report.FILE)
+    plan = [
+        replace(one, seed=one.seed + number) for number in range(num_seeds) for one in settings
+    ]
+    folders = []
+    for one in plan:
+        folder = out if len(plan) == 1 else out / one.model / f"seed{one.seed}"
+        folders.append(folder)
+        _say(f"{one.data}, {one.title}, seed {one.seed}: {folder}")
+        run = train(one, folder, checkpoint_every=checkpoint_every, progress=progress)
+        minutes = sum(run.seconds.values()) / 60
+        _say(f"trained for {minutes:.1f} minutes; wrote {folder / 'run.pt'}")
+        if measure is not None:
+            _measure(run, folder, measure, progress)
+    if measure is not None:
+        print(report.write_report(out, report.collect([out])))
+        _say(f"wrote {out / 'summary.md'} and {out / 'quality.png'}")
+    return folders
+
+
+def _measure(
+    run: Experiment,
+    folder: Path,
+    options: dict[str, Any],
+    progress: bool,
+    judge: Judge | None = None,
+) -> dict[str, Any]:
+    """Measure a run and keep the result; what was measured with these options is not repeated."""
+    path = folder / report.FILE
+    asked = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
+    if path.exists():
+        found = read_json(path)
+        same = found.get("asked") == asked and found["settings"] == run.settings.to_dict()
+        if same:
+            return found
+    result = evaluate(run, progress=progress, judge=judge, **options)
+    return write_json(path, {**result, "asked": asked})
+
+
+def run_evaluate(
+    folders: Sequence[str | Path],
+    out: str | Path | None,
+    options: dict[str, Any],
+    *,
+    path: str | None = None,
+    progress: bool = True,
+) -> str:
+    """Measure all runs in folders and below them; write one report for all.
+
+    Args:
+        folders: run folders, or folders of them.
+        out: where the report goes; by default the first folder.
+        options: of :func:`~vadd_pyro.experiments.evaluation.evaluate`.
+        path: where the data are now, if they have moved.
+        progress: whether to show bars.
+
+    Returns:
+        The tables.
+    """
+    runs = [run for folder in folders for run in find_runs(folder)]
+    out = Path(folders[0]) if out is None else Path(out)
+    check_writable(out / "summary.md")
+    judge: Judge | None = None
+    results = []
+    for folder in runs:
+        run = load(folder, path)
+        _say(f"{run.title}: {folder}")
+        wanted = options["sample_steps"] and (
+            judge is None or judge.data.fingerprint != run.data.fingerprint
+        )
+        if wanted:
+            judge = Judge(run.data, options["num_samples"], options["seed"])
+        result = _measure(run, folder, options, progress, judge)
+        results.append(result)
+    text = report.write_report(out, results)
+    _say(f"wrote {out / 'summary.md'} and {out / 'quality.png'}")
+    return text
+
+
+def run_sample(
+    folder: str | Path,
+    out: str | Path | None,
+    num_samples: int,
+    num_steps: Sequence[int],
+    *,
+    path: str | None = None,
+    **options: Any,
+) -> str:
+    """Draw samples: a sheet of pictures, or text or rows that are printed and written.
+
+    Returns:
+        What to print.
+    """
+    run = load(folder, path)
+    out = Path(folder) if out is None else Path(out)
+    drawn = drawing.draw(run, num_samples, num_steps, **options)
+    lines = []
+    if run.data.shape is not None:
+        groups = {_steps(steps): rows for steps, rows in drawn.items()}
+        drawing.sheet(run.data, groups, out / "samples.png", run.title)
+        lines.append(f"wrote {out / 'samples.png'}")
+    for steps, rows in drawn.items():
+        name = out / f"samples_{steps}.{_suffix(run)}"
+        drawing.write_rows(run.data, rows, name)
+        if isinstance(run.data, TextData):
+            lines += [f"{_steps(steps)}:", *(f"  {line!r}" for line in run.data.decode(rows[:4]))]
+        lines.append(f"wrote {name}")
+    return "\n".join(lines)
+
+
+def _suffix(run: Experiment) -> str:
+    return "txt" if isinstance(run.data, TextData) else "csv"
+
+
+def _steps(count: int) -> str:
+    return f"{count} step" if count == 1 else f"{count} steps"
+
+
+def run_infill(
+    folder: str | Path,
+    out: str | Path | None,
+    *,
+    row: str | None = None,
+    area: str = "lower",
+    num_rows: int = 4,
+    num_completions: int = 8,
+    num_steps: int = 16,
+    weighted: bool = False,
+    num_particles: int = 1024,
+    seed: int = 0,
+    path: str | None = None,
+) -> str:
+    """Complete partly given rows: one that is written out, or test rows with an open area.
+
+    Returns:
+        What to print.
+    """
+    run = load(folder, path)
+    out = Path(folder) if out is None else Path(out)
+    data = run.data
+    truth: Tensor | None = None
+    if row is not None:
+        given = drawing.parse_row(data, row)
+    else:
+        truth = data.rows("test", min(num_rows, len(data.test)), seed)
+        given = drawing.partly_given(data, truth, area)
+    x, effective = drawing.complete(
+        run,
+        given,
+        num_completions,
+        num_steps,
+        weighted=weighted,
+        num_particles=num_particles,
+        seed=seed,
+    )
+    lines = []
+    if data.shape is not None:
+        groups = {}
+        for i, completions in enumerate(x):
+            shown = [given[i : i + 1], *([] if truth is None else [truth[i : i + 1]])]
+            groups[_label(i, effective, truth is not None)] = torch.cat([*shown, completions])
+        drawing.sheet(data, groups, out / "infill.png", f"{run.title}: {_steps(num_steps)}")
+        lines.append(f"wrote {out / 'infill.png'}")
+    elif isinstance(data, TextData):
+        for i, completions in enumerate(x):
+            lines.append(f"given {data.decode(given[i : i + 1])[0]!r}" + _size(i, effective))
+            lines += [f"   to {line!r}" for line in data.decode(completions)]
+    elif effective is not None:
+        lines += [f"row {i + 1}{_size(i, effective)}" for i in range(len(x))]
+    name = out / f"infill.{_suffix(run)}"
+    drawing.write_rows(data, x.flatten(0, 1), name)
+    return "\n".join([*lines, f"wrote {name}"])
+
+
+def _size(i: int, effective: Tensor | None) -> str:
+    return "" if effective is None else f" (effective sample size {float(effective[i]):.0f})"
+
+
+def _label(i: int, effective: Tensor | None, truth: bool) -> str:
+    what = "given, real, drawn" if truth else "given, drawn"
+    return what if effective is None else f"{what}\nESS {float(effective[i]):.0f}"
+
+
+def run_inspect(
+    folder: str | Path, out: str | Path | None = None, *, num_rows: int = 1000, **options: Any
+) -> str:
+    """Inspect the pair of a run folder on test rows, as :func:`vadd_pyro.runs.inspect_run` does
+    for the toys, whose law is known.
+
+    Args:
+        folder: the run folder.
+        out: where the report goes; by default the folder ``inspection`` in the run.
+        num_rows: test rows, all if there are fewer.
+        options: of :func:`vadd_pyro.inspection.inspect_pair`.
+
+    Returns:
+        The verdicts as text, and where the report is.
+    """
+    run = load(folder)
+    out = Path(folder) / "inspection" if out is None else Path(out)
+    x_0 = run.data.rows("test", min(num_rows, len(run.data.test)), options.get("seed", 0))
+    verdicts = inspect_pair(
+        run.model, run.guide, run.process, x_0, out, title=run.title, **options
+    )
+    return told(run.title, verdicts, out)

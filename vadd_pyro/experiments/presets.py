@@ -1,0 +1,174 @@
+"""Sizes and schedules by name: what a run takes that its command line does not say.
+
+``laptop`` presets were chosen on validation rows and train in minutes on two cores. ``paper``
+presets have the sizes and schedules of published models and need a GPU: they follow the texts, and
+were not run here.
+
+References:
+    Xie et al. 2025 (arXiv 2505.17384) for pixels and text; Sahoo et al. 2024 (arXiv 2406.07524)
+    for the small transformer (12 layers of 768) on LM1B and OpenWebText.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from vadd_pyro.experiments.settings import Settings
+
+__all__ = ["PRESETS", "measures", "preset"]
+
+_TABLE: dict[str, Any] = {
+    "backbone": "residual",
+    "prior": "conditional_categorical",
+    "sizes": {"hidden_dim": 256, "num_blocks": 2, "dropout": 0.1, "latent_hidden_dim": 64},
+    "times": "balanced",
+    "num_iterations": 3000,
+    "num_guide_iterations": 600,
+    "steps": (1, 2, 4, 8, 16),
+}
+_IMAGES: dict[str, Any] = {
+    "backbone": "residual",
+    "prior": "conditional_normal",
+    "guide": "relative",
+    "latent_dim": 32,
+    "sizes": {"hidden_dim": 512, "num_blocks": 2},
+    "times": "part_targets",
+    "steps": (1, 2, 4, 8, 16, 64),
+}
+_TEXT: dict[str, Any] = {
+    "backbone": "transformer",
+    "prior": "conditional_normal",
+    "guide": "relative",
+    "latent_dim": 32,
+    "sizes": {"hidden_dim": 128, "num_layers": 3, "num_heads": 4},
+    "times": "part_targets",
+    "steps": (1, 2, 4, 8, 16, 32),
+    "batch_size": 64,
+    "data_options": {"length": 64},
+}
+_PAPER_TEXT: dict[str, Any] = {
+    "backbone": "transformer",
+    "prior": "standard_normal",
+    "guide": "auto",
+    "latent_dim": 128,
+    "sizes": {"hidden_dim": 768, "num_layers": 12, "num_heads": 12, "dropout": 0.1},
+    "times": "uniform",
+    "num_iterations": 1_000_000,
+    "num_guide_iterations": 10_000,
+    "steps": (1, 2, 4, 8, 16, 32, 64, 128),
+    "batch_size": 512,
+    "learning_rate": 3e-4,
+    "warmup": 2500,
+    "ema_decay": 0.9999,
+    "precision": "bfloat16",
+}
+_PAPER_PIXELS: dict[str, Any] = {
+    "backbone": "unet",
+    "prior": "standard_normal",
+    "guide": "auto",
+    "latent_dim": 128,
+    "sizes": {"hidden_dim": 128, "multipliers": (1, 2, 2, 2), "num_blocks": 2, "dropout": 0.1},
+    "times": "uniform",
+    "num_iterations": 500_000,
+    "num_guide_iterations": 10_000,
+    "steps": (1, 2, 4, 8, 16, 32, 64),
+    "batch_size": 256,
+    "learning_rate": 2e-4,
+    "warmup": 5000,
+    "ema_decay": 0.9999,
+    "precision": "bfloat16",
+}
+
+PRESETS: dict[str, dict[str, dict[str, Any]]] = {
+    "table": {"laptop": _TABLE},
+    "digits": {"laptop": {**_IMAGES, "sizes": {"hidden_dim": 256, "num_blocks": 2}}},
+    "mnist": {
+        "laptop": _IMAGES,
+        "paper": {**_PAPER_PIXELS, "data_options": {"padded": True}},
+    },
+    "cifar10": {"laptop": {**_IMAGES, "batch_size": 64}, "paper": _PAPER_PIXELS},
+    "text8": {"laptop": _TEXT, "paper": {**_PAPER_TEXT, "data_options": {"length": 256}}},
+    "text": {"laptop": _TEXT, "paper": {**_PAPER_TEXT, "data_options": {"length": 256}}},
+    "hub": {
+        "laptop": {**_TEXT, "data_options": {"length": 128}},
+        "lm1b": {**_PAPER_TEXT, "data_options": {"length": 128}},
+        "openwebtext": {**_PAPER_TEXT, "data_options": {"length": 1024}},
+    },
+}
+_MEASURES: dict[str, dict[str, Any]] = {
+    "table": {
+        "bound_steps": [1, 2, 4, 8, 16],
+        "sample_steps": [1, 2, 4, 8, 16],
+        "num_rows": None,
+        "num_paths": 4,
+    },
+    "digits": {"bound_steps": [1, 2, 4, 8, 16, 64], "num_rows": None, "num_samples": 2000},
+    "mnist": {"bound_steps": [1, 2, 4, 8, 16, 64], "one_token_terms": 64, "one_token_rows": 500},
+    "cifar10": {"num_rows": 100, "one_token": False},
+    "text8": {"bound_steps": [1, 2, 4, 8, 16, 32], "sample_steps": [1, 2, 4, 8, 16, 32]},
+    "text": {"bound_steps": [1, 2, 4, 8, 16, 32], "sample_steps": [1, 2, 4, 8, 16, 32]},
+    "hub": {"num_rows": 100, "one_token": False},
+}
+
+
+def preset(
+    data: str,
+    path: str | Path | None = None,
+    name: str = "laptop",
+    model: str = "vadd",
+    *,
+    sizes: Mapping[str, Any] | None = None,
+    data_options: Mapping[str, Any] | None = None,
+    **settings: Any,
+) -> Settings:
+    """Settings of a preset, some of them replaced.
+
+    Args:
+        data: a key of :data:`PRESETS`.
+        path: file or folder of the data.
+        name: of the preset.
+        model: ``"vadd"`` or ``"mdm"``.
+        sizes, data_options: single ones that are replaced or added; with another ``backbone`` than
+            the preset's, the sizes are these alone.
+        settings: any other of :class:`Settings`.
+
+    Raises:
+        ValueError: for unknown names, listing those that are known.
+    """
+    if data not in PRESETS:
+        raise ValueError(f"data must be one of {', '.join(PRESETS)}, got {data!r}")
+    if name not in PRESETS[data]:
+        raise ValueError(f"{data} has the presets {', '.join(PRESETS[data])}, got {name!r}")
+    values = dict(PRESETS[data][name])
+    for group, own in (("sizes", sizes), ("data_options", data_options)):
+        values[group] = {**values.get(group, {}), **(own or {})}
+    if settings.get("backbone", values["backbone"]) != values["backbone"]:
+        values["sizes"] = dict(sizes or {})
+    if settings.get("prior", values["prior"]) != values["prior"] and "guide" not in settings:
+        values["guide"] = "auto"  # the preset's fits the preset's prior
+    unknown = sorted(set(settings) - set(Settings.__dataclass_fields__))
+    if unknown:
+        raise ValueError(
+            f"there is no setting {', '.join(unknown)}: expected some of "
+            f"{', '.join(Settings.__dataclass_fields__)}"
+        )
+    place = None if path is None else str(path)
+    return Settings(**{**values, **settings, "data": data, "path": place, "model": model})
+
+
+def measures(data: str) -> dict[str, Any]:
+    """What is measured of a data set unless other numbers are asked for: arguments of
+    :func:`~vadd_pyro.experiments.evaluation.evaluate`.
+    """
+    common = {
+        "bound_steps": [1, 2, 4, 8, 16],
+        "sample_steps": [1, 2, 4, 8, 16],
+        "num_rows": 1000,
+        "num_particles": 64,
+        "num_paths": 1,
+        "num_samples": 2000,
+        "seed": 0,
+    }
+    return {**common, **_MEASURES[data]}

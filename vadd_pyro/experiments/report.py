@@ -1,0 +1,273 @@
+"""Tables and one figure of what was measured: models side by side, seeds put together.
+
+A value is the mean over seeds; behind it stands the standard error of that mean over seeds where
+there are several, and in the table of bounds also the standard error over rows, which all seeds
+share.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from vadd_pyro import plotting
+from vadd_pyro.checkpoints import read_json, write_json, write_whole
+from vadd_pyro.experiments.evaluation import QUALITY
+
+__all__ = ["FILE", "collect", "summary", "write_report"]
+
+FILE = "evaluation.json"
+_ONE_TOKEN = "one token"
+_BITS = 1 / math.log(2)
+
+
+class _Value(NamedTuple):
+    """Mean over seeds, its standard error over them (nan for one), and that over rows."""
+
+    mean: float
+    seeds: float
+    rows: float
+    number: int
+
+    @property
+    def stderr(self) -> float:
+        return self.rows if math.isnan(self.seeds) else self.seeds
+
+
+def collect(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
+    """What was measured in folders, and below them.
+
+    Raises:
+        FileNotFoundError: if nothing was.
+        ValueError: if the data are not the same everywhere.
+    """
+    found = [read_json(path) for folder in folders for path in sorted(Path(folder).rglob(FILE))]
+    if not found:
+        raise FileNotFoundError(f"no {FILE} in {', '.join(map(str, folders))} or below")
+    names = sorted({result["data"] for result in found})
+    if len(names) > 1:
+        raise ValueError(
+            f"the runs are of different data, {', '.join(names)}: report one data set at a time"
+        )
+    return found
+
+
+def _models(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Results by model, MDM first; models of one title but other settings are told apart."""
+    groups: dict[str, list[dict[str, Any]]] = {}
+    kinds: dict[str, list[Any]] = {}
+    for result in sorted(results, key=lambda r: r["title"] != "MDM"):
+        kind = {k: v for k, v in result["settings"].items() if k != "seed"}
+        known = kinds.setdefault(result["title"], [])
+        if kind not in known:
+            known.append(kind)
+        number = known.index(kind)
+        groups.setdefault(result["title"] + (f" ({number + 1})" if number else ""), []).append(
+            result
+        )
+    return groups
+
+
+def _mean(results: Sequence[dict[str, Any]], kind: str, steps: Any, metric: str | None) -> _Value:
+    rows = [
+        row
+        for result in results
+        for row in result[kind]
+        if row.get("num_steps") == steps and row.get("metric") == metric
+    ]
+    values = np.array([float(row["value"]) for row in rows])
+    errors = np.array([float(row["stderr"]) for row in rows])
+    count = len(values)
+    if not count:
+        return _Value(math.nan, math.nan, math.nan, 0)
+    seeds = values.std(ddof=1) / count**0.5 if count > 1 else math.nan
+    return _Value(float(values.mean()), float(seeds), float(errors.mean()), count)
+
+
+def _steps(results: Sequence[dict[str, Any]], kind: str) -> list[Any]:
+    """Numbers of steps, one token a step last."""
+    found = {row["num_steps"] for result in results for row in result[kind]}
+    return sorted(found, key=lambda s: (s == _ONE_TOKEN, 0 if s == _ONE_TOKEN else s))
+
+
+def _number(value: _Value, digits: int) -> str:
+    if not value.number:
+        return ""
+    text = f"{value.mean:.{digits}f}"
+    return text if math.isnan(value.stderr) else f"{text} ± {value.stderr:.{digits}f}"
+
+
+def _table(head: list[str], lines: list[list[str]]) -> str:
+    rows = [head, ["---"] * len(head), *lines]
+    return "\n".join("| " + " | ".join(row) + " |" for row in rows)
+
+
+def _is_text(results: Sequence[dict[str, Any]]) -> bool:
+    return results[0]["settings"]["data"] in ("text", "text8", "hub")
+
+
+def summary(results: Sequence[dict[str, Any]]) -> str:
+    """Tables in Markdown."""
+    models = _models(results)
+    first = results[0]
+    seeds = {name: len(group) for name, group in models.items()}
+    lines = [f"# {first['data']}", ""]
+    lines.append(
+        "Models: "
+        + ", ".join(
+            f"{name} ({count} seeds)" if count > 1 else name for name, count in seeds.items()
+        )
+        + "."
+    )
+    steps = _steps(results, "bounds")
+    if steps:
+        lines += [
+            "",
+            f"Bound on log p_T, {first['split']} rows, nats per row "
+            f"({first['num_particles']} particles, {first['num_paths']} "
+            f"path{'s' if first['num_paths'] > 1 else ''}); ± over seeds, or rows of one seed; in "
+            "brackets the standard error over rows:",
+            "",
+        ]
+        table = []
+        for name, group in models.items():
+            values = [_mean(group, "bounds", s, None) for s in steps]
+            table.append(
+                [name] + [f"{_number(v, 3)} ({v.rows:.3f})" if v.number else "" for v in values]
+            )
+        lines.append(_table(["model", *(_head(s) for s in steps)], table))
+        own = [name for name in models if name != "MDM" and _ONE_TOKEN in steps]
+        if own:
+            lines += ["", "What few steps cost against one token a step, nats per row:", ""]
+            few = [s for s in steps if s != _ONE_TOKEN]
+            loss = []
+            for name in models:
+                last = _mean(models[name], "bounds", _ONE_TOKEN, None)
+                gaps = [_mean(models[name], "bounds", s, None) for s in few]
+                loss.append([name, *(f"{last.mean - g.mean:.3f}" for g in gaps)])
+            lines.append(_table(["model", *(_head(s) for s in few)], loss))
+    metrics = [m for m in _metrics(results)]
+    for metric in metrics:
+        floor = _mean(results[:1], "floor", None, metric)
+        sample_steps = _steps(results, "quality")
+        lines += ["", f"{_name(metric)} (training rows: {_number(floor, 4)}):", ""]
+        lines.append(
+            _table(
+                ["model", *(_head(s) for s in sample_steps)],
+                [
+                    [name, *(_number(_mean(group, "quality", s, metric), 4) for s in sample_steps)]
+                    for name, group in models.items()
+                ],
+            )
+        )
+    times = ", ".join(
+        f"{name} {np.mean([r['train_seconds'] for r in group]) / 60:.1f}"
+        for name, group in models.items()
+    )
+    lines += ["", f"Minutes of training: {times}."]
+    return "\n".join(lines) + "\n"
+
+
+def _head(steps: Any) -> str:
+    return f"{steps} a step" if steps == _ONE_TOKEN else f"T = {steps}"
+
+
+def _metrics(results: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(row["metric"] for r in results for row in r["quality"]))
+
+
+def _name(metric: str) -> str:
+    if metric.startswith("ngram_js_"):
+        return f"{metric.removeprefix('ngram_js_')}-gram JS distance, nats"
+    return QUALITY[metric]
+
+
+def _figure(results: Sequence[dict[str, Any]]) -> Any:
+    from matplotlib.figure import Figure
+
+    models = _models(results)
+    metrics = [m for m in _metrics(results) if m not in ("ngram_js_1", "row_entropy")]
+    steps = [s for s in _steps(results, "bounds") if s != _ONE_TOKEN]
+    panels = bool(steps) + len(metrics)
+    columns = min(3, panels)
+    rows = -(-panels // columns)
+    fig = Figure(figsize=(3.6 * columns, 3.0 * rows + 0.4), dpi=150, layout="constrained")
+    axes = list(fig.subplots(rows, columns, squeeze=False).flat)
+    for ax in axes[panels:]:
+        ax.set_visible(False)
+    if steps:
+        text = _is_text(results)
+        length = results[0]["length"]
+        scale = -_BITS / length if text else 1.0
+        curves = {
+            name: _curve([_mean(group, "bounds", s, None) for s in steps], steps, scale)
+            for name, group in models.items()
+        }
+        levels = {}
+        best = [_mean(group, "bounds", _ONE_TOKEN, None) for group in models.values()]
+        for name, value in zip(models, best, strict=True):
+            if value.number:
+                levels[f"{name}, one token a step"] = scale * value.mean
+        plotting.curves_by_steps(
+            curves,
+            axes.pop(0),
+            title="T-step bound on the likelihood",
+            ylabel="at most, bits per character" if text else "at least, nats per row",
+            levels=levels,
+        )
+    for metric in metrics:
+        sample_steps = _steps(results, "quality")
+        curves = {
+            name: _curve(
+                [_mean(group, "quality", s, metric) for s in sample_steps], sample_steps, 1.0
+            )
+            for name, group in models.items()
+        }
+        floor = _mean(results[:1], "floor", None, metric)
+        plotting.curves_by_steps(
+            curves,
+            axes.pop(0),
+            title=_name(metric).split(",")[0],
+            ylabel=_unit(metric),
+            levels={"training rows": floor.mean} if floor.number else None,
+            log=metric == "frechet" or metric.startswith("ngram_js"),
+        )
+    fig.suptitle(results[0]["data"], fontsize=11)
+    return fig
+
+
+def _unit(metric: str) -> str:
+    if metric.startswith("ngram_js"):
+        return "nats"
+    return {
+        "frechet": "Fréchet distance",
+        "two_sample": "held-out accuracy (1/2: alike)",
+        "ngram_bits": "bits per character",
+        "entropy": "bits",
+    }[metric]
+
+
+def _curve(values: Sequence[_Value], steps: Sequence[int], scale: float) -> plotting.Curve:
+    present = [(s, v) for s, v in zip(steps, values, strict=True) if v.number]
+    return plotting.Curve(
+        [s for s, _ in present],
+        [scale * v.mean for _, v in present],
+        [abs(scale) * v.stderr for _, v in present],
+    )
+
+
+def write_report(folder: str | Path, results: Sequence[dict[str, Any]]) -> str:
+    """Write ``summary.md``, ``results.json`` and ``quality.png``; returns the summary."""
+    folder = Path(folder)
+    text = summary(results)
+    write_whole(folder / "summary.md", lambda file: file.write(text.encode()))
+    write_json(folder / "results.json", {"results": list(results)})
+    content = io.BytesIO()
+    plotting.save_figure(_figure(results), content)
+    write_whole(folder / "quality.png", lambda file: file.write(content.getvalue()))
+    return text

@@ -1,0 +1,143 @@
+"""What a training run of the command line is made of, in plain values."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any
+
+from vadd_pyro import zoo
+from vadd_pyro.process import check_size
+
+__all__ = ["DATA", "MODELS", "Settings"]
+
+DATA = ("digits", "mnist", "cifar10", "text8", "text", "table", "hub")
+MODELS = ("vadd", "mdm")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """A training run, in plain values.
+
+    Args:
+        data: one of :data:`DATA`.
+        path: file or folder of the data; None for the loader's default.
+        data_options: further arguments of the loader.
+        model: ``"vadd"`` or ``"mdm"``, the same networks without a latent.
+        prior, guide: names, import paths or entry points of :mod:`vadd_pyro.zoo`; ignored for
+            ``"mdm"``.
+        latent_dim: size of a continuous latent.
+        num_codes: number of codes of a categorical one.
+        backbone: ``"mlp"``, ``"residual"``, ``"unet"`` or ``"transformer"``.
+        sizes: arguments of its networks, see :mod:`vadd_pyro.nn.networks`.
+        times: where training looks, a key of :data:`vadd_pyro.zoo.TIMES`.
+        num_iterations: updates by the DELBO.
+        num_chain_iterations: updates by the T-step bounds of ``steps`` after these, which train
+            model and guide on the targets that samplers meet.
+        num_guide_iterations: updates of the guide alone by the same bounds at the end, the model
+            held fixed.
+        steps: numbers of steps ``T`` of these bounds.
+        batch_size: rows per update.
+        learning_rate: step size of Adam, decayed to zero by a cosine; half of it after the first
+            stage.
+        warmup: updates of linear warm-up.
+        weight_decay: of AdamW.
+        ema_decay: of the average of weights.
+        annealing: share of the updates over which the weight of the KL grows to one.
+        precision: ``"float32"``, or ``"bfloat16"`` for networks under autocast.
+        seed: of weights, masks and the order of the data.
+
+    Raises:
+        ValueError: for values out of range, naming them.
+    """
+
+    data: str
+    path: str | None = None
+    data_options: Mapping[str, Any] = field(default_factory=dict)
+    model: str = "vadd"
+    prior: str = "conditional_normal"
+    guide: str = "auto"
+    latent_dim: int = 16
+    num_codes: int = 64
+    backbone: str = "residual"
+    sizes: Mapping[str, Any] = field(default_factory=dict)
+    times: str = "few_step"
+    num_iterations: int = 3000
+    num_chain_iterations: int = 0
+    num_guide_iterations: int = 600
+    steps: tuple[int, ...] = (1, 2, 4, 8, 16)
+    batch_size: int = 256
+    learning_rate: float = 1e-3
+    warmup: int = 100
+    weight_decay: float = 0.0
+    ema_decay: float = 0.999
+    annealing: float = 0.2
+    precision: str = "float32"
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        for name, known in (
+            ("data", DATA),
+            ("model", MODELS),
+            ("backbone", ("mlp", "residual", "unet", "transformer")),
+            ("precision", ("float32", "bfloat16")),
+        ):
+            if getattr(self, name) not in known:
+                raise ValueError(
+                    f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
+                )
+        zoo.check("priors", self.prior)
+        zoo.check("guides", self.guide)
+        zoo.check("times", self.times)
+        for name in ("latent_dim", "num_codes", "num_iterations", "batch_size"):
+            check_size(name, getattr(self, name))
+        for name in ("num_chain_iterations", "num_guide_iterations", "warmup", "seed"):
+            check_size(name, getattr(self, name), least=0)
+        if not self.steps:
+            raise ValueError("steps must hold at least one number of steps, got none")
+        for num_steps in self.steps:
+            check_size("steps", num_steps)
+        if not 0 < self.learning_rate < math.inf:
+            raise ValueError(f"learning_rate must be positive, got {self.learning_rate!r}")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must not be negative, got {self.weight_decay!r}")
+        if not 0 < self.ema_decay < 1:
+            raise ValueError(f"ema_decay must lie in (0, 1), got {self.ema_decay!r}")
+        if not 0 <= self.annealing <= 1:
+            raise ValueError(f"annealing must be a share in [0, 1], got {self.annealing!r}")
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain values, as a checkpoint keeps them: sequences are lists."""
+        return {name: _plain(value) for name, value in asdict(self).items()}
+
+    @classmethod
+    def from_dict(cls, values: Mapping[str, Any]) -> Settings:
+        """What :meth:`to_dict` gave.
+
+        Raises:
+            ValueError: for names that are none of its own.
+        """
+        known = {f.name for f in fields(cls)}
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ValueError(f"settings have no {', '.join(unknown)}: expected {sorted(known)}")
+        return cls(**{**values, "steps": tuple(values["steps"])})
+
+    def differing(self, other: Mapping[str, Any]) -> list[str]:
+        """Names of the settings that differ from stored ones."""
+        own = self.to_dict()
+        return [name for name in own if own[name] != other.get(name, object())]
+
+    @property
+    def title(self) -> str:
+        """What tables and figures call the model."""
+        if self.model == "mdm":
+            return "MDM"
+        return f"VADD, {zoo.PRIORS.get(self.prior, self.prior)}"
+
+
+def _plain(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {name: _plain(v) for name, v in value.items()}
+    return [_plain(v) for v in value] if isinstance(value, list | tuple) else value

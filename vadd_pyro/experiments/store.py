@@ -1,0 +1,176 @@
+"""Run folders of the command line: settings, data and weights together, read without running code.
+
+``run.pt`` holds the settings and the description of the data as plain values, and the weights; the
+pair is built again by :mod:`vadd_pyro.zoo`, and the data read again by their loader and compared
+by checksum.
+"""
+
+from __future__ import annotations
+
+import copy
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vadd_pyro import data as loaders
+from vadd_pyro import zoo
+from vadd_pyro.checkpoints import load_checkpoint, read_json, save_checkpoint
+from vadd_pyro.data import DataSet
+from vadd_pyro.experiments.settings import Settings
+from vadd_pyro.nn.networks import make_networks
+from vadd_pyro.process import MaskingProcess
+from vadd_pyro.runs import FILE, find_runs, restore, state_of
+
+__all__ = [
+    "Experiment",
+    "build",
+    "data_of",
+    "is_experiment",
+    "load",
+    "load_data",
+    "load_settings",
+    "save",
+]
+
+_PATH = {"mnist": "folder", "cifar10": "folder"}  # elsewhere "path"
+_LOADERS = {"text": "characters"}
+
+
+@dataclass(frozen=True)
+class Experiment:
+    """A trained pair with its data.
+
+    Args:
+        settings: how it was trained.
+        data: what on.
+        model, guide: the pair.
+        process: its forward process.
+        seconds: training time of each stage.
+    """
+
+    settings: Settings
+    data: DataSet
+    model: Any
+    guide: Any
+    process: MaskingProcess
+    seconds: dict[str, float]
+
+    @property
+    def title(self) -> str:
+        """What reports call it."""
+        return f"{self.data.name}, {self.settings.title}"
+
+
+def load_data(settings: Settings, path: str | None = None) -> DataSet:
+    """Read the data of settings.
+
+    Args:
+        settings: says which loader, and its arguments.
+        path: where the data are now, if they have moved.
+
+    Raises:
+        ValueError: for arguments that the loader does not know; whatever it raises itself.
+    """
+    loader = getattr(loaders, _LOADERS.get(settings.data, settings.data))
+    arguments = dict(settings.data_options)
+    place = settings.path if path is None else path
+    if place is not None:
+        if settings.data == "digits":
+            raise ValueError(f"digits come with scikit-learn and are read from no path: {place!r}")
+        arguments[_PATH.get(settings.data, "path")] = place
+    elif settings.data in ("table", "hub"):
+        raise ValueError(f"path must say which {settings.data} to read, got None")
+    try:
+        found: DataSet = loader(**arguments)
+    except TypeError as error:
+        raise ValueError(f"data_options do not fit {settings.data}: {error}") from error
+    return found
+
+
+def build(settings: Settings, data: DataSet) -> zoo.Pair:
+    """An untrained pair, a function of the settings and their seed."""
+    process = data.process()
+    sizes = dict(settings.sizes)
+    if settings.backbone == "unet":
+        if data.shape is None:
+            raise ValueError(f"backbone 'unet' needs pictures, and {data.name} has none")
+        colour = len(data.shape) == 3
+        sizes = {"shape": data.shape[-2:], "channels": data.shape[0] if colour else 1, **sizes}
+    with torch.random.fork_rng():
+        torch.manual_seed(settings.seed)
+        return zoo.build(
+            "none" if settings.model == "mdm" else settings.prior,
+            "auto" if settings.model == "mdm" else settings.guide,
+            process,
+            latent_dim=settings.latent_dim,
+            num_codes=settings.num_codes,
+            networks=make_networks(settings.backbone, process, **sizes),
+        )
+
+
+def save(
+    folder: str | Path,
+    settings: Settings,
+    data: DataSet,
+    model: Any,
+    guide: Any,
+    seconds: dict[str, float],
+) -> Experiment:
+    """Write ``run.pt`` whole, and return what it holds."""
+    content = {
+        "settings": settings.to_dict(),
+        "data": data.describe(),
+        "seconds": seconds,
+        "model": state_of(model),
+        "guide": state_of(guide),
+    }
+    save_checkpoint(Path(folder) / FILE, content)
+    return Experiment(settings, data, model, guide, data.process(), seconds)
+
+
+def load_settings(folder: str | Path) -> dict[str, Any] | None:
+    """Settings of a run that was begun in a folder; None if none was."""
+    path = Path(folder) / "settings.json"
+    return read_json(path) if path.exists() else None
+
+
+def is_experiment(folder: str | Path) -> bool:
+    """Whether a folder's ``run.pt`` was written by :func:`save`."""
+    return "settings" in load_checkpoint(Path(folder) / FILE)
+
+
+def load(folder: str | Path, path: str | None = None) -> Experiment:
+    """Read a trained pair and its data.
+
+    Args:
+        folder: the run folder.
+        path: where the data are now, if they have moved.
+
+    Raises:
+        FileNotFoundError: if there is no run in the folder.
+        ValueError: naming the file, if it is damaged or of another kind; if the data are others.
+    """
+    file = Path(folder) / FILE
+    content = load_checkpoint(file)
+    if not all(isinstance(content.get(name), dict) for name in ("settings", "data", "seconds")):
+        raise ValueError(f"{file} was not written by vadd-pyro train")
+    settings = Settings.from_dict(content["settings"])
+    data = load_data(settings, path)
+    data.check_same(content["data"])
+    pair = build(settings, data)
+    # A guide that was refitted may hold a prior of its own beside the model's.
+    guide = copy.deepcopy(pair.guide)
+    restore(pair.model, content["model"], file, "model")
+    restore(guide, content["guide"], file, "guide")
+    return Experiment(settings, data, pair.model, guide, data.process(), content["seconds"])
+
+
+def data_of(folder: str | Path) -> str:
+    """The ``data`` of the first run at or below a folder, without loading it."""
+    first = find_runs(folder)[0]
+    settings = load_settings(first)
+    if settings is None:
+        raise ValueError(f"{first} was not written by vadd-pyro train")
+    return str(settings["data"])

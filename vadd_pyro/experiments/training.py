@@ -1,0 +1,154 @@
+"""From settings to a trained pair in a run folder, in stages that a killed run takes up again.
+
+1. ``model.pt``: model and guide by the DELBO;
+2. ``chain.pt``: both by T-step bounds, if asked for;
+3. ``guide.pt``: a copy of the guide by T-step bounds, the model held fixed.
+
+Each is the checkpoint of its stage. ``run.pt`` holds the result.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor
+
+from vadd_pyro import zoo
+from vadd_pyro.annealing import LinearAnnealing
+from vadd_pyro.checkpoints import write_json
+from vadd_pyro.data import DataSet
+from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.experiments.settings import Settings
+from vadd_pyro.experiments.store import Experiment, build, load_data, load_settings, save
+from vadd_pyro.times import GridTimes
+from vadd_pyro.training import History, fit, fit_guide
+
+__all__ = ["train"]
+
+
+class _Stage(NamedTuple):
+    name: str
+    elbo: MaskedDiffusionELBO
+    num_iterations: int
+    learning_rate: float
+    fit: Callable[..., History]
+
+
+def _stages(settings: Settings, data: DataSet) -> list[_Stage]:
+    process = data.process()
+    annealed = settings.model == "vadd" and round(settings.annealing * settings.num_iterations)
+    delbo = MaskedDiffusionELBO(
+        process,
+        times=zoo.times_named(settings.times),
+        kl_weight=LinearAnnealing(annealed, start=0.001) if annealed else 1.0,
+    )
+    chain = MaskedDiffusionELBO(process, "chain", times=GridTimes(list(settings.steps)))
+    rate = settings.learning_rate
+    return [
+        _Stage("model", delbo, settings.num_iterations, rate, fit),
+        _Stage("chain", chain, settings.num_chain_iterations, rate / 2, fit),
+        _Stage("guide", chain, settings.num_guide_iterations, rate / 2, fit_guide),
+    ]
+
+
+def train(
+    settings: Settings,
+    folder: str | Path,
+    *,
+    checkpoint_every: int = 250,
+    progress: bool = True,
+) -> Experiment:
+    """Train a pair, or go on where its run folder stands.
+
+    Args:
+        settings: what and how.
+        folder: the run folder; made if need be.
+        checkpoint_every: updates between two checkpoints.
+        progress: whether to show bars.
+
+    Returns:
+        The trained pair with its data, as :func:`vadd_pyro.experiments.load` gives it.
+
+    Raises:
+        ValueError: for settings that do not fit together, before anything is trained; if the
+        folder holds a run with other settings, naming them.
+        NonFiniteLossError: if training diverges; the last checkpoint is intact.
+    """
+    folder = Path(folder)
+    done = load_settings(folder)
+    if done is not None:
+        differing = settings.differing(done)
+        if differing:
+            raise ValueError(
+                f"{folder} holds a run with other settings: {', '.join(differing)}; name another "
+                "folder"
+            )
+    data = load_data(settings)
+    pair = build(settings, data)
+    if done is None:
+        folder.mkdir(parents=True, exist_ok=True)
+        write_json(folder / "settings.json", settings.to_dict())
+    model, guide = pair.model, pair.guide
+    histories = {}
+    for number, stage in enumerate(_stages(settings, data)):
+        of_guide = stage.fit is fit_guide
+        if of_guide:
+            guide = copy.deepcopy(guide)
+        if not stage.num_iterations or (of_guide and not _has_parameters(guide)):
+            continue
+        pyro.clear_param_store()
+        histories[stage.name] = stage.fit(
+            model,
+            guide,
+            stage.elbo,
+            data.batches(settings.seed * 10 + number),
+            stage.num_iterations,
+            batch_size=settings.batch_size,
+            learning_rate=stage.learning_rate,
+            # Adam forgets what it knew of the gradients: without warm-up its first steps would
+            # undo what the stage before has learned.
+            warmup=min(settings.warmup, stage.num_iterations // 4),
+            ema_decay=settings.ema_decay,
+            optimizer=_optimizer(settings, stage.learning_rate),
+            precision=settings.precision,
+            seed=settings.seed,
+            checkpoint=folder / f"{stage.name}.pt",
+            checkpoint_every=checkpoint_every,
+            resume=True,
+            progress=progress,
+            description=f"{data.name}, {settings.title}, {stage.name}",
+        )
+    write_json(folder / "history.json", {name: h.to_dict() for name, h in histories.items()})
+    seconds = {name: history.seconds[-1] for name, history in histories.items()}
+    return save(folder, settings, data, model, guide, seconds)
+
+
+def _has_parameters(guide: Any) -> bool:
+    return any(p.requires_grad for p in guide.parameters())
+
+
+def _optimizer(
+    settings: Settings, learning_rate: float
+) -> Callable[[list[Tensor]], torch.optim.Optimizer] | None:
+    """AdamW where weights decay, but not those of normalisations and biases."""
+    if not settings.weight_decay:
+        return None
+
+    def make(parameters: list[Tensor]) -> torch.optim.Optimizer:
+        groups: list[dict[str, Any]] = [
+            {"params": [p for p in parameters if p.dim() > 1]},
+            {"params": [p for p in parameters if p.dim() <= 1], "weight_decay": 0.0},
+        ]
+        return torch.optim.AdamW(
+            [group for group in groups if group["params"]],
+            lr=learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+
+    return make

@@ -1,0 +1,326 @@
+"""All networks that a model and its guide are made of, by backbone.
+
+A family knows how large its networks are, and makes those that are asked for, each with parameters
+of its own:
+
+=================== ======================================= =======================
+method              what for                                reads
+=================== ======================================= =======================
+``decoder``         ``p(x_0 | x_t, z, t)``                  ``x_t``, ``z``, ``t``
+``features``        a guide's recognition features          ``x_0``, masks, targets
+``encoder``         a normal guide, and a VampPrior's       ``x_0``, masks, targets
+``state``           a prior that depends on the state       ``x_t``, ``t``
+``state_encoder``   a normal prior that does                ``x_t``, ``t``
+=================== ======================================= =======================
+
+>>> from vadd_pyro import MaskingProcess
+>>> networks = make_networks("residual", MaskingProcess(2, 16), hidden_dim=64, num_blocks=2)
+>>> networks.decoder(latent_dim=8).latent_dim
+8
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import MISSING, dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from vadd_pyro.nn.base import Decoder, Features, NormalEncoder
+from vadd_pyro.nn.mlp import MLPDecoder, MLPFeatures, StateFeatures
+from vadd_pyro.nn.residual import LateDecoder, ResidualDecoder, ResidualFeatures
+from vadd_pyro.nn.state import State, StateNormal
+from vadd_pyro.nn.transformer import TransformerDecoder, TransformerFeatures
+from vadd_pyro.nn.unet import UNetDecoder, UNetFeatures
+from vadd_pyro.process import MaskingProcess
+
+__all__ = [
+    "NETWORKS",
+    "MLPNetworks",
+    "Networks",
+    "ResidualNetworks",
+    "TransformerNetworks",
+    "UNetNetworks",
+    "make_networks",
+]
+
+
+@dataclass(frozen=True)
+class Networks:
+    """A family of networks; a subclass adds sizes, ``decoder`` and ``_recognition``.
+
+    What is to be summed out runs through the decoder once a code, and a prior looks at less than a
+    guide: networks for those are smaller, as a family says.
+
+    Args:
+        process: gives vocabulary size and length.
+
+    Raises:
+        ValueError: for a size that no network can have, naming it, as the backbones do.
+    """
+
+    process: MaskingProcess
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.process, MaskingProcess):
+            raise TypeError(f"process must be a MaskingProcess, got {self.process!r}")
+        with torch.device("meta"):  # which takes neither memory nor random numbers
+            self.decoder(1)
+            self.decoder(1, summed=True)
+            self.features()
+            self.state()
+
+    @property
+    def sizes(self) -> dict[str, Any]:
+        """All sizes by name, as :func:`make_networks` takes them."""
+        names = (field.name for field in fields(self) if field.name != "process")
+        return {name: getattr(self, name) for name in names}
+
+    def check_process(self, process: MaskingProcess) -> None:
+        """Check that the networks are for rows of a process.
+
+        Raises:
+            ValueError: naming both processes.
+        """
+        own = self.process
+        if (own.vocab_size, own.length) != (process.vocab_size, process.length):
+            raise ValueError(f"networks were made for {own}, and process is {process}")
+
+    def decoder(self, latent_dim: int, *, summed: bool = False) -> Decoder:
+        """A decoder.
+
+        Args:
+            latent_dim: size of the latent; 0 for a model without one.
+            summed: whether the latent is summed out, so that all codes run through the decoder.
+        """
+        raise NotImplementedError
+
+    def _recognition(self, fewer: int) -> Features:
+        """Recognition features by a network of so many blocks fewer, and at least one."""
+        raise NotImplementedError
+
+    def features(self) -> Features:
+        """Recognition features ``(B, F)``."""
+        return self._recognition(0)
+
+    def encoder(self, latent_dim: int) -> NormalEncoder:
+        """A recognition network, ``(z_loc, z_scale)``, of ``latent_dim`` numbers each."""
+        return NormalEncoder(self.features(), latent_dim)
+
+    def state(self) -> nn.Module:
+        """Features ``(B, F)`` of the state ``(x_t, t)``."""
+        return State(self._recognition(1))
+
+    def state_encoder(self, latent_dim: int) -> StateNormal:
+        """A prior network, ``(z_loc, z_scale)``, standard normal before training."""
+        return StateNormal(self.state(), latent_dim)
+
+
+@dataclass(frozen=True, kw_only=True)
+class MLPNetworks(Networks):
+    """Perceptrons, for toy densities.
+
+    A latent that is summed out has a decoder of one layer fewer, and so has the state.
+
+    Args:
+        process: gives vocabulary size and length.
+        hidden_dim, num_layers, embedding_dim: as in :class:`~vadd_pyro.nn.MLPDecoder`.
+        time_conditioning: tell the decoder the time. The state knows it always.
+    """
+
+    hidden_dim: int = 256
+    num_layers: int = 3
+    embedding_dim: int = 32
+    time_conditioning: bool = False
+
+    def _shared(self, fewer: int) -> dict[str, Any]:
+        return dict(
+            hidden_dim=self.hidden_dim,
+            num_layers=_fewer(self.num_layers, fewer),
+            embedding_dim=self.embedding_dim,
+        )
+
+    def decoder(self, latent_dim: int, *, summed: bool = False) -> MLPDecoder:
+        return MLPDecoder(
+            self.process,
+            latent_dim,
+            time_conditioning=self.time_conditioning,
+            **self._shared(int(summed)),
+        )
+
+    def _recognition(self, fewer: int) -> MLPFeatures:
+        return MLPFeatures(self.process, **self._shared(fewer))
+
+    def state(self) -> StateFeatures:
+        return StateFeatures(self.process, **self._shared(1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ResidualNetworks(Networks):
+    """Residual perceptrons, for tables and other short rows.
+
+    A latent that is summed out enters late (:class:`~vadd_pyro.nn.LateDecoder`); the state has
+    one block fewer.
+
+    Args:
+        process: gives vocabulary size and length.
+        hidden_dim, num_blocks, embedding_dim, condition_dim, dropout: as in
+            :class:`~vadd_pyro.nn.ResidualDecoder`.
+        time_conditioning: tell the decoder the time.
+        latent_hidden_dim, num_latent_blocks: as in :class:`~vadd_pyro.nn.LateDecoder`.
+    """
+
+    hidden_dim: int = 512
+    num_blocks: int = 3
+    embedding_dim: int = 32
+    condition_dim: int = 128
+    time_conditioning: bool = False
+    dropout: float = 0.0
+    latent_hidden_dim: int = 128
+    num_latent_blocks: int = 1
+
+    def _shared(self, fewer: int) -> dict[str, Any]:
+        return dict(
+            hidden_dim=self.hidden_dim,
+            num_blocks=_fewer(self.num_blocks, fewer),
+            embedding_dim=self.embedding_dim,
+            condition_dim=self.condition_dim,
+            dropout=self.dropout,
+        )
+
+    def decoder(self, latent_dim: int, *, summed: bool = False) -> ResidualDecoder | LateDecoder:
+        if summed:
+            return LateDecoder(self.process, latent_dim, **self.sizes)
+        return ResidualDecoder(
+            self.process,
+            latent_dim,
+            time_conditioning=self.time_conditioning,
+            **self._shared(0),
+        )
+
+    def _recognition(self, fewer: int) -> ResidualFeatures:
+        return ResidualFeatures(self.process, **self._shared(fewer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class UNetNetworks(Networks):
+    """U-Nets, for images.
+
+    All codes of a latent that is summed out run through the whole decoder; the state has one block
+    a grid fewer.
+
+    Args:
+        process: gives number of grey levels and length.
+        shape, channels, hidden_dim, multipliers, num_blocks, attention_levels, num_heads,
+            condition_dim, embedding_dim, dropout: as in :class:`~vadd_pyro.nn.UNetDecoder`.
+        feature_dim: number of features, recognition's and the state's.
+        time_conditioning: tell the decoder the time.
+    """
+
+    shape: Sequence[int]
+    channels: int = 1
+    hidden_dim: int = 64
+    multipliers: Sequence[int] = (1, 2, 2)
+    num_blocks: int = 2
+    attention_levels: int = 1
+    num_heads: int = 4
+    condition_dim: int = 256
+    embedding_dim: int = 32
+    feature_dim: int = 256
+    time_conditioning: bool = True
+    dropout: float = 0.0
+
+    def _shared(self, fewer: int) -> dict[str, Any]:
+        own = ("feature_dim", "time_conditioning")
+        shared = {name: size for name, size in self.sizes.items() if name not in own}
+        return shared | {"num_blocks": _fewer(self.num_blocks, fewer)}
+
+    def decoder(self, latent_dim: int, *, summed: bool = False) -> UNetDecoder:
+        return UNetDecoder(
+            self.process,
+            latent_dim,
+            time_conditioning=self.time_conditioning,
+            **self._shared(0),
+        )
+
+    def _recognition(self, fewer: int) -> UNetFeatures:
+        return UNetFeatures(self.process, feature_dim=self.feature_dim, **self._shared(fewer))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerNetworks(Networks):
+    """Transformers, for text.
+
+    All codes of a latent that is summed out run through the whole decoder; the state has one block
+    fewer.
+
+    Args:
+        process: gives vocabulary size and length.
+        hidden_dim, num_layers, num_heads, expansion, condition_dim, position_embedding, dropout:
+            as in :class:`~vadd_pyro.nn.TransformerDecoder`.
+        time_conditioning: tell the decoder the time.
+    """
+
+    hidden_dim: int = 256
+    num_layers: int = 6
+    num_heads: int = 8
+    expansion: int = 4
+    condition_dim: int = 128
+    time_conditioning: bool = True
+    position_embedding: bool = True
+    dropout: float = 0.0
+
+    def _shared(self, fewer: int) -> dict[str, Any]:
+        shared = {name: size for name, size in self.sizes.items() if name != "time_conditioning"}
+        return shared | {"num_layers": _fewer(self.num_layers, fewer)}
+
+    def decoder(self, latent_dim: int, *, summed: bool = False) -> TransformerDecoder:
+        return TransformerDecoder(
+            self.process,
+            latent_dim,
+            time_conditioning=self.time_conditioning,
+            **self._shared(0),
+        )
+
+    def _recognition(self, fewer: int) -> TransformerFeatures:
+        return TransformerFeatures(self.process, **self._shared(fewer))
+
+
+def _fewer(number: int, by: int) -> int:
+    """So many fewer, but at least one. None fewer, it is handed on for the backbone to check."""
+    return max(1, number - by) if by else number
+
+
+NETWORKS: dict[str, type[Networks]] = {
+    "mlp": MLPNetworks,
+    "residual": ResidualNetworks,
+    "unet": UNetNetworks,
+    "transformer": TransformerNetworks,
+}
+
+
+def make_networks(name: str, process: MaskingProcess, **sizes: Any) -> Networks:
+    """A family of networks by name.
+
+    Args:
+        name: a key of :data:`NETWORKS`.
+        process: gives vocabulary size and length.
+        sizes: of the family, such as ``hidden_dim``; a U-Net needs ``shape``.
+
+    Raises:
+        ValueError: for a name or a size that is not known, or that no network can have, listing
+            what is expected; for one that is missing.
+    """
+    if name not in NETWORKS:
+        raise ValueError(f"unknown networks: {name!r}; expected one of {', '.join(NETWORKS)}")
+    known = {field.name: field for field in fields(NETWORKS[name]) if field.name != "process"}
+    if unknown := [size for size in sizes if size not in known]:
+        raise ValueError(
+            f"networks {name!r} have no {', '.join(unknown)}; expected some of {', '.join(known)}"
+        )
+    needed = [size for size in known if known[size].default is MISSING and size not in sizes]
+    if needed:
+        raise ValueError(f"networks {name!r} need {', '.join(needed)}, which was not given")
+    return NETWORKS[name](process, **sizes)
