@@ -107,6 +107,14 @@ def _shown(value: Tensor, hidden: Tensor | None) -> Tensor:
     return value if hidden is None else value.masked_fill(hidden, 0.0)
 
 
+def _per_position(outer: Tensor, hidden: Tensor | None, length: int) -> Tensor:
+    """Gradients of rows ``(...)`` at each position, ``(..., D)``, zero where it is hidden."""
+    outer = outer.unsqueeze(-1)
+    if hidden is None:
+        return outer.expand(*outer.shape[:-1], length)
+    return outer.masked_fill(hidden, 0.0)
+
+
 class _RowScores(torch.autograd.Function):
     # What autograd needs is kept in ``forward`` and not in ``setup_context``, which would cost
     # each call some 40 us to look at signatures.
@@ -120,8 +128,7 @@ class _RowScores(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
         logits, index, hidden = ctx.saved_tensors
         p = _probabilities(logits)
-        factor = outer[0].unsqueeze(-1).to(p.dtype).expand(index.shape[:-1])
-        factor = _shown(factor, hidden).unsqueeze(-1)
+        factor = _per_position(outer[0].to(p.dtype), hidden, index.shape[-2]).unsqueeze(-1)
         if torch.is_grad_enabled():
             return (p * -factor).scatter_add(-1, index, factor), None, None
         return p.mul_(-factor).scatter_add_(-1, index, factor), None, None
@@ -147,8 +154,7 @@ class _SharedRowScores(torch.autograd.Function):
     def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None, None]:
         logits, row, entry, hidden = ctx.saved_tensors
         p = _probabilities(logits)
-        factor = outer[0].unsqueeze(-1).to(p.dtype).expand(*outer[0].shape, entry.shape[-1])
-        factor = _shown(factor, hidden)
+        factor = _per_position(outer[0].to(p.dtype), hidden, entry.shape[-1])
         total = factor.new_zeros(logits.shape[:-1]).index_add(-2, row, factor).unsqueeze(-1)
         where, what = entry.flatten(), factor.flatten(-2)
         if torch.is_grad_enabled():

@@ -30,16 +30,21 @@ _TABLE: dict[str, Any] = {
 }
 _IMAGES: dict[str, Any] = {
     "backbone": "residual",
-    "prior": "conditional_normal",
+    "prior": "standard_normal",
     "guide": "relative",
     "latent_dim": 32,
-    "sizes": {"hidden_dim": 512, "num_blocks": 2},
+    "sizes": {"hidden_dim": 512, "num_blocks": 3, "dropout": 0.1},
     "times": "part_targets",
-    "steps": (1, 2, 4, 8, 16, 64),
+    "num_iterations": 20_000,
+    "num_chain_iterations": 4000,
+    "num_guide_iterations": 1000,
+    "steps": (1, 2, 4, 8, 16, 32, 64),
+    "warmup": 200,
+    "precision": "bfloat16",
 }
 _TEXT: dict[str, Any] = {
     "backbone": "transformer",
-    "prior": "conditional_normal",
+    "prior": "standard_normal",
     "guide": "relative",
     "latent_dim": 32,
     "sizes": {"hidden_dim": 128, "num_layers": 3, "num_heads": 4},
@@ -83,7 +88,17 @@ _PAPER_PIXELS: dict[str, Any] = {
 
 PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "table": {"laptop": _TABLE},
-    "digits": {"laptop": {**_IMAGES, "sizes": {"hidden_dim": 256, "num_blocks": 2}}},
+    "digits": {
+        "laptop": {
+            **_IMAGES,
+            "latent_dim": 16,
+            "sizes": {"hidden_dim": 256, "num_blocks": 2, "dropout": 0.2},
+            "num_iterations": 4000,
+            "num_chain_iterations": 1000,
+            "num_guide_iterations": 500,
+            "precision": "float32",
+        }
+    },
     "mnist": {
         "laptop": _IMAGES,
         "paper": {**_PAPER_PIXELS, "data_options": {"padded": True}},
