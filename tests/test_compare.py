@@ -388,12 +388,13 @@ def test_time_left_is_that_of_the_same_model_or_the_mean_of_all():
     assert compare._time_left(left, {}) == "time left unknown"
 
 
-def test_the_prior_of_the_readme_becomes_a_row_in_twenty_lines(tmp_path):
-    readme = (Path(__file__).parents[1] / "README.md").read_text()
-    _, code = re.findall(r"```python\n(.*?)```", readme, re.S)
+def test_the_prior_of_the_docs_becomes_a_row_in_twenty_lines(tmp_path):
+    page = (Path(__file__).parents[1] / "docs" / "zoo.md").read_text()
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.S)
     assert len(code.strip().splitlines()) <= 20
     (tmp_path / "mine.py").write_text(code)
-    lines = re.findall(r"^    vadd-pyro compare (.*)$", readme, re.M)
+    own = page[page.index("## Your own") : page.index("## What was found")]
+    lines = re.findall(r"^    vadd-pyro compare (.*)$", own, re.M)
     assert len(lines) == 2
     for line in lines:
         arguments = line.replace("standard_normal,flow,categorical", "standard_normal").split()

@@ -331,6 +331,7 @@ def test_completions_have_the_law_they_are_to_have(trained, weighted):
 
 SMALL = [
     *("--set", "num_guide_iterations=4", "--num-iterations", "20", "--batch-size", "16"),
+    *("--set", "num_chain_iterations=3"),
     *("--no-progress",),
 ]
 NARROW = ["--size", "hidden_dim=16", "--size", "num_blocks=1", "--size", "latent_hidden_dim=8"]
@@ -354,8 +355,9 @@ def test_tables_from_the_command_line(folder, tmp_path, capsys):
     rows = (out / "vadd" / "seed0" / "samples_2.csv").read_text().splitlines()
     assert len(rows) == 16
     assert all(set(row.split(",")) <= {"0", "1"} for row in rows)
+    assert main(["sample", str(out / "vadd")]) == 1
+    assert "holds 2 runs: name one of" in capsys.readouterr().err
     run = str(out / "vadd" / "seed0")
-    capsys.readouterr()
     assert main(["infill", run, "--row", "1,?,?", "--weighted", "--num-steps", "2"]) == 0
     assert "effective sample size" in capsys.readouterr().out
     assert (out / "vadd" / "seed0" / "infill.csv").read_text().startswith("1,")
@@ -379,12 +381,12 @@ def test_a_run_on_real_data_is_inspected_on_its_test_rows(tmp_path, capsys):
 def test_digits_from_the_command_line(tmp_path, capsys):
     out = tmp_path / "digits"
     command = ["train", "digits", "--prior", "standard_normal", "--latent-dim", "2", *SMALL]
-    command += ["--out", str(out), "--set", "steps=(1, 2)", *NARROW[:4]]
+    command += ["--out", str(out / "below"), "--set", "steps=(1, 2)", *NARROW[:4]]
     assert main(command) == 0
     assert main(["sample", str(out), "--num-samples", "3", "--num-steps", "1,2"]) == 0
     assert main(["infill", str(out), "--num-rows", "2", "--num-completions", "3"]) == 0
-    assert (out / "samples.png").stat().st_size > 5_000
-    assert (out / "infill.png").stat().st_size > 5_000
+    assert (out / "below" / "samples.png").stat().st_size > 5_000
+    assert (out / "below" / "infill.png").stat().st_size > 5_000
     measure = ["--bound-steps", "1", "--sample-steps", "1", "--num-rows", "20"]
     measure += ["--num-particles", "2", "--num-samples", "50", "--no-progress"]
     assert main(["evaluate", str(out), *measure]) == 0

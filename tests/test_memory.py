@@ -103,6 +103,25 @@ def test_scores_and_gradients_are_those_of_a_cross_entropy(vocab_size, rows):
     assert (grad[~target] == 0).all()
 
 
+@pytest.mark.parametrize("vocab_size", [3, 20])
+def test_logits_may_lie_in_any_order(vocab_size):
+    row, x = torch.randint(40, (60,)), torch.randint(vocab_size, (60, 4))
+    target = torch.rand(60, 4) < 0.5
+    weight = torch.rand(60)
+    straight = torch.randn(30, 40, 4, vocab_size, requires_grad=True)
+    usual = (dist.Categorical(logits=straight[:, row]).log_prob(x) * target).sum(-1)
+    (expected,) = torch.autograd.grad((usual * weight).sum(), straight)
+    turned = straight.detach().permute(3, 1, 0, 2).contiguous().permute(2, 1, 3, 0)
+    turned.requires_grad_()
+    for score in (
+        shared_row_scores(turned, row, x, target),
+        row_scores(turned[:, row], x, target),
+    ):
+        torch.testing.assert_close(score, usual)
+        (grad,) = torch.autograd.grad((score * weight).sum(), turned)
+        torch.testing.assert_close(grad, expected)
+
+
 @pytest.mark.parametrize("vocab_size", [2, 20])
 @pytest.mark.parametrize("scored", [True, False], ids=["targets", "all"])
 def test_first_and_second_derivatives(vocab_size, scored):

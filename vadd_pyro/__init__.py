@@ -15,6 +15,7 @@ from vadd_pyro.grids import optimize_time_grid
 from vadd_pyro.infilling import Infilling, infill
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
 from vadd_pyro.monitor import LatentStatistics, latent_statistics
+from vadd_pyro.one_token import one_token_bound
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 from vadd_pyro.programs import Program
 from vadd_pyro.sampling import sample
@@ -85,6 +86,7 @@ __all__ = [
     "metrics",
     "models",
     "nn",
+    "one_token_bound",
     "optimize_time_grid",
     "plotting",
     "sample",

@@ -159,6 +159,6 @@ class _SharedRowScores(torch.autograd.Function):
         where, what = entry.flatten(), factor.flatten(-2)
         if torch.is_grad_enabled():
             grad = (p * -total).flatten(-3).index_add(-1, where, what)
-            return grad.unflatten(-1, logits.shape[-3:]), None, None, None
-        p.mul_(-total).flatten(-3).index_add_(-1, where, what)
-        return p, None, None, None
+        else:
+            grad = p.mul_(-total).flatten(-3).index_add_(-1, where, what)
+        return grad.unflatten(-1, logits.shape[-3:]), None, None, None

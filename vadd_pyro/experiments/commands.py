@@ -145,8 +145,10 @@ def run_sample(
     Returns:
         What to print.
     """
+    folder = _only_run(folder)
     run = load(folder, path)
-    out = Path(folder) if out is None else Path(out)
+    out = folder if out is None else Path(out)
+    check_writable(out / "samples.png")
     drawn = drawing.draw(run, num_samples, num_steps, **options)
     lines = []
     if run.data.shape is not None:
@@ -160,6 +162,16 @@ def run_sample(
             lines += [f"{_steps(steps)}:", *(f"  {line!r}" for line in run.data.decode(rows[:4]))]
         lines.append(f"wrote {name}")
     return "\n".join(lines)
+
+
+def _only_run(folder: str | Path) -> Path:
+    """The run folder at or below a folder, where there is but one."""
+    runs = find_runs(folder)
+    if len(runs) > 1:
+        raise ValueError(
+            f"{folder} holds {len(runs)} runs: name one of {', '.join(map(str, runs))}"
+        )
+    return runs[0]
 
 
 def _suffix(run: Experiment) -> str:
@@ -189,8 +201,10 @@ def run_infill(
     Returns:
         What to print.
     """
+    folder = _only_run(folder)
     run = load(folder, path)
-    out = Path(folder) if out is None else Path(out)
+    out = folder if out is None else Path(out)
+    check_writable(out / "infill.png")
     data = run.data
     truth: Tensor | None = None
     if row is not None:
