@@ -87,6 +87,26 @@ def test_options_replace_single_values_of_a_preset():
     assert preset("digits", prior="categorical").guide == "auto"
 
 
+def test_the_baseline_is_trained_as_it_does_best_for_as_many_updates():
+    vadd, mdm = preset("digits"), preset("digits", model="mdm")
+    assert (vadd.times, mdm.times) == ("part_targets", "uniform")
+    assert mdm.num_iterations == vadd.num_iterations + vadd.num_chain_iterations
+    assert mdm.num_chain_iterations == 0
+    asked = {"num_iterations": 7, "num_chain_iterations": 5}
+    assert preset("digits", model="mdm", **asked).num_iterations == 12
+    assert preset("digits", model="mdm", times="few_step").times == "few_step"
+    assert preset("table", "t", model="mdm").times == preset("table", "t").times
+
+
+def test_hub_sets_are_named_where_others_have_a_path(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(data, "hub", lambda **options: asked.update(options))
+    load_data(preset("hub", name="lm1b"))
+    assert asked == {"dataset": "lm1b", "tokenizer": "bert-base-uncased", "length": 128}
+    load_data(preset("hub", "mine", data_options={"length": 16}))
+    assert asked == {"dataset": "mine", "tokenizer": "gpt2", "length": 16}
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -34,7 +34,7 @@ __all__ = [
     "save",
 ]
 
-_PATH = {"mnist": "folder", "cifar10": "folder"}  # elsewhere "path"
+_PATH = {"mnist": "folder", "cifar10": "folder", "hub": "dataset"}  # elsewhere "path"
 _LOADERS = {"text": "characters"}
 
 
