@@ -4,7 +4,7 @@ r"""What is measured of a trained pair: bounds on its likelihood, and the qualit
   with its standard error; and the bound of one token a step.
 * For each ``T`` rows drawn with ``T`` steps, held against test rows: pictures by the Fréchet
   distance in the features of a small classifier and a classifier two-sample test; text by n-gram
-  Jensen-Shannon distance, bits per character under an n-gram model of the training text, and
+  Jensen-Shannon distance, bits per token under an n-gram model of the training text, and
   entropy; tables by the two-sample test. As many training rows are measured the same way: what a
   model would reach that had learned their law.
 """
@@ -43,7 +43,7 @@ QUALITY = {
     "frechet": "Fréchet distance",
     "two_sample": "two-sample accuracy",
     "ngram_js": "n-gram JS, nats",
-    "ngram_bits": "bits per character under an n-gram model",
+    "ngram_bits": "bits per token under an n-gram model",
     "entropy": "entropy, bits",
     "row_entropy": "entropy within a row, bits",
 }

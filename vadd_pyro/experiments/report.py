@@ -34,6 +34,10 @@ class _Value(NamedTuple):
     rows: float
     number: int
 
+    def scaled(self, factor: float) -> _Value:
+        size = abs(factor)
+        return _Value(factor * self.mean, size * self.seeds, size * self.rows, self.number)
+
     @property
     def stderr(self) -> float:
         return self.rows if math.isnan(self.seeds) else self.seeds
@@ -111,66 +115,72 @@ def _is_text(results: Sequence[dict[str, Any]]) -> bool:
     return results[0]["settings"]["data"] in ("text", "text8", "hub")
 
 
+def _scale(results: Sequence[dict[str, Any]]) -> float:
+    """Nats of a row to what is reported: these, or of text bits per token, which count down."""
+    return -_BITS / results[0]["length"] if _is_text(results) else 1.0
+
+
 def summary(results: Sequence[dict[str, Any]]) -> str:
     """Tables in Markdown."""
     models = _models(results)
-    first = results[0]
-    seeds = {name: len(group) for name, group in models.items()}
-    lines = [f"# {first['data']}", ""]
-    lines.append(
-        "Models: "
-        + ", ".join(
-            f"{name} ({count} seeds)" if count > 1 else name for name, count in seeds.items()
-        )
-        + "."
-    )
-    steps = _steps(results, "bounds")
-    if steps:
-        lines += [
-            "",
-            f"Bound on log p_T, {first['split']} rows, nats per row "
-            f"({first['num_particles']} particles, {first['num_paths']} "
-            f"path{'s' if first['num_paths'] > 1 else ''}); ± over seeds, or rows of one seed; in "
-            "brackets the standard error over rows:",
-            "",
-        ]
-        table = []
-        for name, group in models.items():
-            values = [_mean(group, "bounds", s, None) for s in steps]
-            table.append(
-                [name] + [f"{_number(v, 3)} ({v.rows:.3f})" if v.number else "" for v in values]
-            )
-        lines.append(_table(["model", *(_head(s) for s in steps)], table))
-        own = [name for name in models if name != "MDM" and _ONE_TOKEN in steps]
-        if own:
-            lines += ["", "What few steps cost against one token a step, nats per row:", ""]
-            few = [s for s in steps if s != _ONE_TOKEN]
-            loss = []
-            for name in models:
-                last = _mean(models[name], "bounds", _ONE_TOKEN, None)
-                gaps = [_mean(models[name], "bounds", s, None) for s in few]
-                loss.append([name, *(f"{last.mean - g.mean:.3f}" for g in gaps)])
-            lines.append(_table(["model", *(_head(s) for s in few)], loss))
-    metrics = [m for m in _metrics(results)]
-    for metric in metrics:
+    named = [f"{n} ({len(g)} seeds)" if len(g) > 1 else n for n, g in models.items()]
+    lines = [f"# {results[0]['data']}", "", f"Models: {', '.join(named)}."]
+    if _steps(results, "bounds"):
+        lines += _bound_tables(results, models)
+    sample_steps = _steps(results, "quality")
+    for metric in _metrics(results):
         floor = _mean(results[:1], "floor", None, metric)
-        sample_steps = _steps(results, "quality")
+        table = [
+            [name, *(_number(_mean(group, "quality", s, metric), 4) for s in sample_steps)]
+            for name, group in models.items()
+        ]
         lines += ["", f"{_name(metric)} (training rows: {_number(floor, 4)}):", ""]
-        lines.append(
-            _table(
-                ["model", *(_head(s) for s in sample_steps)],
-                [
-                    [name, *(_number(_mean(group, "quality", s, metric), 4) for s in sample_steps)]
-                    for name, group in models.items()
-                ],
-            )
-        )
-    times = ", ".join(
+        lines.append(_table(["model", *(_head(s) for s in sample_steps)], table))
+    minutes = [
         f"{name} {np.mean([r['train_seconds'] for r in group]) / 60:.1f}"
         for name, group in models.items()
-    )
-    lines += ["", f"Minutes of training: {times}."]
+    ]
+    lines += ["", f"Minutes of training: {', '.join(minutes)}."]
     return "\n".join(lines) + "\n"
+
+
+def _bound_tables(
+    results: Sequence[dict[str, Any]], models: dict[str, list[dict[str, Any]]]
+) -> list[str]:
+    """Bounds at every number of steps, and what few of them cost."""
+    first, steps, scale = results[0], _steps(results, "bounds"), _scale(results)
+    unit = "bits per token, at most" if _is_text(results) else "nats per row, at least"
+    paths = f"{first['num_paths']} path{'s' if first['num_paths'] > 1 else ''}"
+    several = any(len(group) > 1 for group in models.values())
+    errors = "± over seeds, in brackets over rows" if several else "± over rows"
+    lines = [
+        "",
+        f"Bound on log p_T, {first['split']} rows, {unit} ({first['num_particles']} particles, "
+        f"{paths}; {errors}):",
+        "",
+    ]
+    table, loss = [], []
+    for name, group in models.items():
+        values = [_mean(group, "bounds", s, None).scaled(scale) for s in steps]
+        several = len(group) > 1
+        table.append(
+            [name]
+            + [
+                _number(v, 3) + (f" ({v.rows:.3f})" if several and v.number else "")
+                for v in values
+            ]
+        )
+        if _ONE_TOKEN in steps:
+            worse = 1 if scale > 0 else -1
+            costs = [worse * (values[-1].mean - v.mean) for v in values]
+            loss.append([name, *(f"{cost:.3f}" for cost in costs[:-1])])
+    lines.append(_table(["model", *(_head(s) for s in steps)], table))
+    if loss:
+        few = [_head(s) for s in steps if s != _ONE_TOKEN]
+        cost = unit.split(",")[0]
+        lines += ["", f"What few steps cost against one token a step, {cost}:", ""]
+        lines.append(_table(["model", *few], loss))
+    return lines
 
 
 def _head(steps: Any) -> str:
@@ -201,9 +211,7 @@ def _figure(results: Sequence[dict[str, Any]]) -> Any:
     for ax in axes[panels:]:
         ax.set_visible(False)
     if steps:
-        text = _is_text(results)
-        length = results[0]["length"]
-        scale = -_BITS / length if text else 1.0
+        scale = _scale(results)
         curves = {
             name: _curve([_mean(group, "bounds", s, None) for s in steps], steps, scale)
             for name, group in models.items()
@@ -217,7 +225,7 @@ def _figure(results: Sequence[dict[str, Any]]) -> Any:
             curves,
             axes.pop(0),
             title="T-step bound on the likelihood",
-            ylabel="at most, bits per character" if text else "at least, nats per row",
+            ylabel="at least, nats per row" if scale > 0 else "at most, bits per token",
             levels=levels,
         )
     for metric in metrics:
@@ -247,7 +255,7 @@ def _unit(metric: str) -> str:
     return {
         "frechet": "Fréchet distance",
         "two_sample": "held-out accuracy (1/2: alike)",
-        "ngram_bits": "bits per character",
+        "ngram_bits": "bits per token",
         "entropy": "bits",
     }[metric]
 
