@@ -92,8 +92,8 @@ def test_the_baseline_is_trained_as_it_does_best_for_as_many_updates():
     assert (vadd.times, mdm.times) == ("part_targets", "uniform")
     assert mdm.num_iterations == vadd.num_iterations + vadd.num_chain_iterations
     assert mdm.num_chain_iterations == 0
-    asked = {"num_iterations": 7, "num_chain_iterations": 5}
-    assert preset("digits", model="mdm", **asked).num_iterations == 12
+    assert preset("digits", model="mdm", num_iterations=7).num_iterations == 7
+    assert preset("text", model="mdm").num_iterations == preset("text").num_iterations
     assert preset("digits", model="mdm", times="few_step").times == "few_step"
     assert preset("table", "t", model="mdm").times == preset("table", "t").times
 
@@ -262,10 +262,20 @@ def result(title, seed, value, stderr=0.1):
         "length": 3,
         "settings": {"seed": seed, "data": "table"},
         "train_seconds": 60.0,
-        "split": "test",
-        "num_particles": 4,
-        "num_paths": 1,
-        "bounds": [{"num_steps": t, "value": value - t, "stderr": stderr} for t in (1, 2)],
+        "fingerprint": "crc32 1",
+        "bounds": [
+            {
+                "num_steps": t,
+                "value": value - t,
+                "stderr": stderr,
+                "values": [value - t, value - t + 0.5],
+                "split": "test",
+                "rows": 2,
+                "num_particles": 4,
+                "num_paths": 1,
+            }
+            for t in (1, 2)
+        ],
         "quality": [
             {"num_steps": t, "metric": "two_sample", "value": 0.6, "stderr": 0.01} for t in (1, 2)
         ],
@@ -285,10 +295,13 @@ def test_a_report_puts_seeds_together_and_models_side_by_side(tmp_path):
     assert lines.index(mdm) < lines.index(vadd)
     assert "VADD, codes (3 seeds)" in text
     assert (tmp_path / "quality.png").stat().st_size > 10_000
-    other = {**result("MDM", 0, -9.0), "data": "others"}
+    assert "test rows, 2 of them, 4 particles, 1 path" in text
     write_json(tmp_path / "a" / report.FILE, found[0])
+    write_json(tmp_path / "a" / "same" / report.FILE, found[0])
+    assert len(report.collect([tmp_path, tmp_path / "a"])) == 1  # a run counts once
+    other = {**result("MDM", 0, -9.0), "fingerprint": "crc32 2"}
     write_json(tmp_path / "b" / report.FILE, other)
-    with pytest.raises(ValueError, match="different data, bits, others"):
+    with pytest.raises(ValueError, match=r"different data, bits \(3 positions, crc32 1\), bits"):
         report.collect([tmp_path])
     with pytest.raises(FileNotFoundError, match=r"no evaluation\.json"):
         report.collect([tmp_path / "nothing"])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import sys
 from collections.abc import Sequence
+from functools import partial
 from typing import Any
 
 from vadd_pyro import cli_experiments
@@ -87,6 +88,7 @@ def _add_inspect(commands: Any) -> None:
     inspect.add_argument(
         "--out", metavar="FOLDER", help="where the report goes; by default RUN/inspection"
     )
+    inspect.add_argument("--path", help="where the data are now, if they have moved")
     number: dict[str, Any] = {"type": positive, "metavar": "N"}
     inspect.add_argument("--num-rows", default=1000, help="rows of fresh data", **number)
     inspect.add_argument("--num-draws", default=500, help="draws of each posterior", **number)
@@ -211,7 +213,9 @@ def _inspect(arguments: argparse.Namespace) -> int:
     failed = 0
     for folder in runs:
         try:
-            inspect = run_inspect if is_experiment(folder) else inspect_run
+            inspect: Any = inspect_run
+            if is_experiment(folder):
+                inspect = partial(run_inspect, path=arguments.path)
             print(
                 inspect(
                     folder,
@@ -242,7 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         if status is not None:
             return status
         return _demo(arguments, parser)
-    except (ValueError, OSError, ArithmeticError) as error:
+    except (ValueError, OSError, ArithmeticError, ImportError) as error:
         print(f"vadd-pyro: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:

@@ -69,7 +69,15 @@ _PAIR: dict[str, Any] = {"type": _pair, "metavar": "NAME=VALUE", "action": "appe
 _STEPS: dict[str, Any] = {"type": _steps, "metavar": "T[,T...]"}
 
 
+_MEASURES = (
+    *("bound_steps", "sample_steps", "num_rows", "num_particles", "num_paths", "num_samples"),
+    "no_one_token",
+)
+_OWN_OPTIONS = {"sizes": "--size", "data_options": "--data-option", "seed": "--seed"}
+
+
 def _add_measures(add: Callable[..., Any]) -> None:
+    add("--no-one-token", action="store_true", help="leave out the bound of one token a step")
     add("--bound-steps", type=_steps_or_none, metavar="T[,T...]", help="steps of the bounds")
     add("--sample-steps", type=_steps_or_none, metavar="T[,T...]", help="steps of the samples")
     add("--num-rows", help="test rows on which bounds are taken", **_NUMBER)
@@ -109,6 +117,7 @@ def _add_train(commands: Any) -> None:
     add("--seed", type=seed, default=0, help="first seed")
     add("--seeds", default=1, help="number of seeds", **_NUMBER)
     add("--threads", help="threads of torch; by default its own choice", **_NUMBER)
+    add("--device", metavar="NAME", help="such as cpu or cuda; by default a GPU if there is one")
     add("--out", default="runs/train", metavar="RUN", help="run folder; default runs/train")
     add("--checkpoint-every", default=250, help="updates between checkpoints", **_NUMBER)
     add("--evaluate", action="store_true", help="measure the result, as vadd-pyro evaluate does")
@@ -128,6 +137,7 @@ def _add_evaluate(commands: Any) -> None:
     add("run", nargs="+", metavar="RUN", help="run folders, or folders of them; of one data set")
     add("--out", metavar="FOLDER", help="where the report goes; by default the first RUN")
     add("--path", help="where the data are now, if they have moved")
+    add("--device", metavar="NAME", help="such as cpu or cuda; by default a GPU if there is one")
     _add_measures(add)
     add("--no-progress", action="store_true", help="no progress bars")
 
@@ -179,6 +189,7 @@ def _add_common(add: Callable[..., Any]) -> None:
     add("--seed", type=seed, default=0, help="of the draws")
     add("--out", metavar="FOLDER", help="where files go; by default RUN")
     add("--path", help="where the data are now, if they have moved")
+    add("--device", metavar="NAME", help="such as cpu or cuda; a GPU if there is one")
 
 
 def add_commands(commands: Any) -> None:
@@ -194,11 +205,11 @@ def _measures(arguments: argparse.Namespace, data: str) -> dict[str, Any]:
     from vadd_pyro.experiments.presets import measures
 
     options = measures(data)
-    for name in ("bound_steps", "sample_steps", "num_rows", "num_particles", "num_paths"):
+    for name in _MEASURES[:-1]:
         if getattr(arguments, name) is not None:
             options[name] = getattr(arguments, name)
-    if arguments.num_samples is not None:
-        options["num_samples"] = arguments.num_samples
+    if arguments.no_one_token:
+        options["one_token"] = False
     return options
 
 
@@ -216,7 +227,15 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         )
         if getattr(arguments, name) is not None
     }
-    given |= dict(arguments.set or [])
+    for name, value in arguments.set or []:
+        if name in ("data", "path", "model") or name in _OWN_OPTIONS:
+            where = _OWN_OPTIONS.get(name, "an argument of its own")
+            parser.error(f"--set {name} cannot be given: there is {where}")
+        given[name] = value
+    if not arguments.evaluate:
+        for name in _MEASURES:
+            if getattr(arguments, name):
+                parser.error(f"--{name.replace('_', '-')} needs --evaluate")
     try:
         settings = [
             preset(
@@ -242,9 +261,19 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         arguments.seeds,
         measure=measure,
         checkpoint_every=arguments.checkpoint_every,
+        device=_device(arguments),
         progress=not arguments.no_progress,
     )
     return 0
+
+
+def _device(arguments: argparse.Namespace) -> str:
+    """The device that was named, or the GPU where there is one."""
+    import torch
+
+    if arguments.device is not None:
+        return str(arguments.device)
+    return "cuda" if torch.cuda.is_available() else "cpu"
 
 
 def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int | None:
@@ -254,15 +283,16 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int |
     if arguments.command not in ("evaluate", "sample", "infill"):
         return None
     from vadd_pyro.experiments import commands
+    from vadd_pyro.experiments.store import data_of
+    from vadd_pyro.runs import find_runs
 
     if arguments.command == "evaluate":
-        from vadd_pyro.experiments.store import data_of
-
         text = commands.run_evaluate(
             arguments.run,
             arguments.out,
-            _measures(arguments, data_of(arguments.run[0])),
+            _measures(arguments, data_of(find_runs(arguments.run[0])[0])["data"]),
             path=arguments.path,
+            device=_device(arguments),
             progress=not arguments.no_progress,
         )
     elif arguments.command == "sample":
@@ -272,6 +302,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int |
             arguments.num_samples,
             arguments.num_steps,
             path=arguments.path,
+            device=_device(arguments),
             latent=arguments.latent,
             order=arguments.order,
             latent_temperature=arguments.latent_temperature,
@@ -290,6 +321,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int |
             num_particles=arguments.num_particles,
             seed=arguments.seed,
             path=arguments.path,
+            device=_device(arguments),
         )
     print(text)
     return 0

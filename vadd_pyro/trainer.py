@@ -295,8 +295,9 @@ class Run:
     def load(self, path: Path, device: torch.device) -> None:
         """Continue where a checkpoint ends."""
         content = load_checkpoint(path, map_location=device)
-        saved = content["configuration"]
-        for name, value in self.configuration.items():
+        unnamed = {"precision": "float32"}  # older checkpoints do not say it
+        saved = {**unnamed, **content["configuration"]}
+        for name, value in {**unnamed, **self.configuration}.items():
             if saved.get(name) != value:
                 raise ValueError(
                     f"{path} belongs to another run: its {name} is {saved.get(name)!r}, this "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+import zlib
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -12,14 +13,21 @@ import torch
 from torch import Tensor
 
 from vadd_pyro.checkpoints import check_writable, read_json, write_json
+from vadd_pyro.data import DataSet
 from vadd_pyro.data.text import TextData
 from vadd_pyro.experiments import drawing, report
 from vadd_pyro.experiments.evaluation import Judge, evaluate
 from vadd_pyro.experiments.settings import Settings
-from vadd_pyro.experiments.store import Experiment, load
+from vadd_pyro.experiments.store import (
+    Experiment,
+    check_folder,
+    data_of,
+    load,
+    load_data,
+)
 from vadd_pyro.experiments.training import train
 from vadd_pyro.inspection import inspect_pair
-from vadd_pyro.runs import find_runs, told
+from vadd_pyro.runs import FILE, find_runs, told
 
 __all__ = ["run_evaluate", "run_infill", "run_inspect", "run_sample", "run_train"]
 
@@ -35,17 +43,19 @@ def run_train(
     *,
     measure: dict[str, Any] | None = None,
     checkpoint_every: int = 250,
+    device: str | None = None,
     progress: bool = True,
 ) -> list[Path]:
     """Train each of some settings from several seeds, and measure them if asked to.
 
     Args:
-        settings: one for each model.
+        settings: one for each model, all of the same data.
         out: the run folder; where there are several runs, ``out/<model>/seed<n>``.
         num_seeds: seeds, counted from that of the settings.
         measure: arguments of :func:`~vadd_pyro.experiments.evaluation.evaluate`, None not to
             measure.
         checkpoint_every: updates between two checkpoints.
+        device: where to compute.
         progress: whether to show bars.
 
     Returns:
@@ -56,39 +66,56 @@ def run_train(
     plan = [
         replace(one, seed=one.seed + number) for number in range(num_seeds) for one in settings
     ]
-    folders = []
-    for one in plan:
-        folder = out if len(plan) == 1 else out / one.model / f"seed{one.seed}"
-        folders.append(folder)
+    alone = len(plan) == 1
+    folders = [out if alone else out / one.model / f"seed{one.seed}" for one in plan]
+    for one, folder in zip(plan, folders, strict=True):
+        check_folder(one, folder)  # before the first of them is trained
+    judge = None
+    if measure is not None and measure["sample_steps"]:
+        judge = _judge(load_data(plan[0]), measure)
+    for one, folder in zip(plan, folders, strict=True):
         _say(f"{one.data}, {one.title}, seed {one.seed}: {folder}")
-        run = train(one, folder, checkpoint_every=checkpoint_every, progress=progress)
+        run = train(
+            one, folder, checkpoint_every=checkpoint_every, device=device, progress=progress
+        )
         minutes = sum(run.seconds.values()) / 60
         _say(f"trained for {minutes:.1f} minutes; wrote {folder / 'run.pt'}")
         if measure is not None:
-            _measure(run, folder, measure, progress)
+            _measure(run, folder, measure, judge, progress)
     if measure is not None:
-        print(report.write_report(out, report.collect([out])))
+        print(report.write_report(out, report.collect(folders)))
         _say(f"wrote {out / 'summary.md'} and {out / 'quality.png'}")
     return folders
+
+
+def _judge(data: DataSet, options: dict[str, Any]) -> Judge:
+    judge = Judge(data, options["num_samples"], options["seed"])
+    for metric, why in judge.left_out.items():
+        _say(f"{metric} is not measured: {why}")
+    return judge
 
 
 def _measure(
     run: Experiment,
     folder: Path,
     options: dict[str, Any],
+    judge: Judge | None,
     progress: bool,
-    judge: Judge | None = None,
 ) -> dict[str, Any]:
-    """Measure a run and keep the result; what was measured with these options is not repeated."""
+    """Measure a run, keeping each result; what is known of these very weights is not repeated."""
     path = folder / report.FILE
-    asked = {name: list(v) if isinstance(v, tuple) else v for name, v in options.items()}
-    if path.exists():
-        found = read_json(path)
-        same = found.get("asked") == asked and found["settings"] == run.settings.to_dict()
-        if same:
-            return found
-    result = evaluate(run, progress=progress, judge=judge, **options)
-    return write_json(path, {**result, "asked": asked})
+    weights = f"crc32 {zlib.crc32((folder / 'run.pt').read_bytes()):08x}"
+    same = {"fingerprint": run.data.fingerprint, "weights": weights}
+    known = read_json(path) if path.exists() else {}
+    if any(known.get(name) != value for name, value in same.items()):
+        known = {}
+    measured: list[dict[str, Any]] = []
+
+    def keep(found: dict[str, Any]) -> None:
+        measured.append(write_json(path, {**found, **same}))
+
+    result = evaluate(run, judge=judge, known=known, keep=keep, progress=progress, **options)
+    return {**result, **same} if known and not measured else write_json(path, {**result, **same})
 
 
 def run_evaluate(
@@ -97,6 +124,7 @@ def run_evaluate(
     options: dict[str, Any],
     *,
     path: str | None = None,
+    device: str | None = None,
     progress: bool = True,
 ) -> str:
     """Measure all runs in folders and below them; write one report for all.
@@ -106,27 +134,35 @@ def run_evaluate(
         out: where the report goes; by default the first folder.
         options: of :func:`~vadd_pyro.experiments.evaluation.evaluate`.
         path: where the data are now, if they have moved.
+        device: where to compute.
         progress: whether to show bars.
 
     Returns:
         The tables.
+
+    Raises:
+        ValueError: if the runs are of different data, before anything is measured.
     """
-    runs = [run for folder in folders for run in find_runs(folder)]
+    places = dict.fromkeys(run.resolve() for folder in folders for run in find_runs(folder))
     out = Path(folders[0]) if out is None else Path(out)
     check_writable(out / "summary.md")
+    kinds = {data_of(place)["fingerprint"]: place for place in places}
+    if len(kinds) > 1:
+        raise ValueError(
+            "the runs are of different data, for example "
+            + ", ".join(str(place) for place in kinds.values())
+            + ": report one data set at a time"
+        )
     judge: Judge | None = None
     results = []
-    for folder in runs:
-        run = load(folder, path)
-        _say(f"{run.title}: {folder}")
-        wanted = options["sample_steps"] and (
-            judge is None or judge.data.fingerprint != run.data.fingerprint
-        )
-        if wanted:
-            judge = Judge(run.data, options["num_samples"], options["seed"])
-        result = _measure(run, folder, options, progress, judge)
-        results.append(result)
-    text = report.write_report(out, results)
+    for place in places:
+        check_writable(place / report.FILE)
+        run = load(place, path, device=device)
+        _say(f"{run.title}: {place}")
+        if options["sample_steps"] and judge is None:
+            judge = _judge(run.data, options)
+        results.append(_measure(run, place, options, judge, progress))
+    text = report.write_report(out, report.check_together(results))
     _say(f"wrote {out / 'summary.md'} and {out / 'quality.png'}")
     return text
 
@@ -138,6 +174,7 @@ def run_sample(
     num_steps: Sequence[int],
     *,
     path: str | None = None,
+    device: str | None = None,
     **options: Any,
 ) -> str:
     """Draw samples: a sheet of pictures, or text or rows that are printed and written.
@@ -146,13 +183,13 @@ def run_sample(
         What to print.
     """
     folder = _only_run(folder)
-    run = load(folder, path)
+    run = load(folder, path, device=device)
     out = folder if out is None else Path(out)
     check_writable(out / "samples.png")
     drawn = drawing.draw(run, num_samples, num_steps, **options)
     lines = []
     if run.data.shape is not None:
-        groups = {_steps(steps): rows for steps, rows in drawn.items()}
+        groups = [(_steps(steps), rows) for steps, rows in drawn.items()]
         drawing.sheet(run.data, groups, out / "samples.png", run.title)
         lines.append(f"wrote {out / 'samples.png'}")
     for steps, rows in drawn.items():
@@ -166,6 +203,8 @@ def run_sample(
 
 def _only_run(folder: str | Path) -> Path:
     """The run folder at or below a folder, where there is but one."""
+    if (Path(folder) / FILE).is_file():
+        return Path(folder)
     runs = find_runs(folder)
     if len(runs) > 1:
         raise ValueError(
@@ -195,6 +234,7 @@ def run_infill(
     num_particles: int = 1024,
     seed: int = 0,
     path: str | None = None,
+    device: str | None = None,
 ) -> str:
     """Complete partly given rows: one that is written out, or test rows with an open area.
 
@@ -202,7 +242,7 @@ def run_infill(
         What to print.
     """
     folder = _only_run(folder)
-    run = load(folder, path)
+    run = load(folder, path, device=device)
     out = folder if out is None else Path(out)
     check_writable(out / "infill.png")
     data = run.data
@@ -223,10 +263,11 @@ def run_infill(
     )
     lines = []
     if data.shape is not None:
-        groups = {}
+        groups = []
         for i, completions in enumerate(x):
             shown = [given[i : i + 1], *([] if truth is None else [truth[i : i + 1]])]
-            groups[_label(i, effective, truth is not None)] = torch.cat([*shown, completions])
+            label = _label(i, effective, truth is not None)
+            groups.append((label, torch.cat([*shown, completions])))
         drawing.sheet(data, groups, out / "infill.png", f"{run.title}: {_steps(num_steps)}")
         lines.append(f"wrote {out / 'infill.png'}")
     elif isinstance(data, TextData):
@@ -250,7 +291,12 @@ def _label(i: int, effective: Tensor | None, truth: bool) -> str:
 
 
 def run_inspect(
-    folder: str | Path, out: str | Path | None = None, *, num_rows: int = 1000, **options: Any
+    folder: str | Path,
+    out: str | Path | None = None,
+    *,
+    num_rows: int = 1000,
+    path: str | None = None,
+    **options: Any,
 ) -> str:
     """Inspect the pair of a run folder on test rows, as :func:`vadd_pyro.runs.inspect_run` does
     for the toys, whose law is known.
@@ -259,6 +305,7 @@ def run_inspect(
         folder: the run folder.
         out: where the report goes; by default the folder ``inspection`` in the run.
         num_rows: test rows, all if there are fewer.
+        path: where the data are now, if they have moved.
         options: of :func:`vadd_pyro.inspection.inspect_pair`.
 
     Returns:

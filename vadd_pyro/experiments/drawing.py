@@ -15,6 +15,7 @@ from vadd_pyro import plotting
 from vadd_pyro.checkpoints import write_whole
 from vadd_pyro.data import DataSet
 from vadd_pyro.data.text import TextData
+from vadd_pyro.experiments.evaluation import batch_size
 from vadd_pyro.experiments.store import Experiment
 from vadd_pyro.infilling import infill
 from vadd_pyro.sampling import sample
@@ -52,8 +53,9 @@ def draw(
             latent=latent,
             order=order,
             latent_temperature=latent_temperature,
+            batch_size=batch_size(run.process),
             seed=seed,
-        )
+        ).cpu()
         for steps in num_steps
     }
 
@@ -102,10 +104,14 @@ def parse_row(data: DataSet, text: str) -> Tensor:
     if isinstance(data, TextData) and data.characters is not None:
         if len(text) > data.length:
             raise ValueError(f"row has {len(text)} characters: expected at most {data.length}")
+        # Encoded whole, so that what is wrong is named by its place.
+        filler = data.characters[0]
         row = torch.full((1, data.length), mask)
-        for i, letter in enumerate(text):
-            if letter != "_":
-                row[0, i] = int(data.encode(letter))
+        row[0, : len(text)] = data.encode("".join(filler if c == "_" else c for c in text))
+        gaps = torch.tensor(
+            [i for i, letter in enumerate(text) if letter == "_"], dtype=torch.long
+        )
+        row[0, gaps] = mask
         return row
     cells = [cell.strip() for cell in text.split(",")]
     if len(cells) != data.length:
@@ -149,32 +155,43 @@ def complete(
             num_steps,
             num_samples=num_completions,
             num_particles=num_particles,
+            batch_size=batch_size(run.process),
             seed=seed,
         )
-        return found.x, found.effective_size
-    x = sample(run.model, run.process, num_completions, num_steps, x_start=given, seed=seed)
-    return x.reshape(len(given), num_completions, -1), None
+        return found.x.cpu(), found.effective_size.cpu()
+    x = sample(
+        run.model,
+        run.process,
+        num_completions,
+        num_steps,
+        x_start=given,
+        batch_size=batch_size(run.process),
+        seed=seed,
+    )
+    return x.cpu().reshape(len(given), num_completions, -1), None
 
 
-def sheet(data: DataSet, groups: dict[str, Tensor], path: str | Path, title: str) -> None:
+def sheet(
+    data: DataSet, groups: Sequence[tuple[str, Tensor]], path: str | Path, title: str
+) -> None:
     """Write a sheet of pictures, one line for each group.
 
     Args:
         data: says what a row looks like.
-        groups: rows ``(N, D)`` by the name of the group; open pixels are blue.
+        groups: name and rows ``(N, D)`` of each line; open pixels are blue.
         path: the picture's file.
         title: over the sheet.
     """
     from matplotlib.figure import Figure
 
-    count = max(len(rows) for rows in groups.values())
+    count = max(len(rows) for _, rows in groups)
     fig = Figure(
         figsize=(min(11.0, 1.4 + 0.62 * count), 0.45 + 0.66 * len(groups)),
         dpi=150,
         layout="constrained",
     )
     axes = fig.subplots(len(groups), 1, squeeze=False)[:, 0]
-    for ax, (name, rows) in zip(axes, groups.items(), strict=True):
+    for ax, (name, rows) in zip(axes, groups, strict=True):
         plotting.picture_row(data.pictures(rows).numpy(), ax, name)
     fig.suptitle(title, fontsize=10)
     content = io.BytesIO()

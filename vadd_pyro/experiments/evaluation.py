@@ -5,14 +5,15 @@ r"""What is measured of a trained pair: bounds on its likelihood, and the qualit
 * For each ``T`` rows drawn with ``T`` steps, held against test rows: pictures by the Fréchet
   distance in the features of a small classifier and a classifier two-sample test; text by n-gram
   Jensen-Shannon distance, bits per token under an n-gram model of the training text, and
-  entropy; tables by the two-sample test. As many training rows are measured the same way: what a
-  model would reach that had learned their law.
+  entropy; tables by the two-sample test. The same figures of real rows stand beside: of training
+  rows against test rows, and for bits under an n-gram model, which knows the training text by
+  heart, of test rows.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from typing import Any
 
@@ -25,7 +26,7 @@ from vadd_pyro.data.text import TextData
 from vadd_pyro.experiments.store import Experiment
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
 from vadd_pyro.one_token import one_token_bound
-from vadd_pyro.process import check_size
+from vadd_pyro.process import MaskingProcess, check_size
 from vadd_pyro.quality import (
     ImageFeatures,
     NGramModel,
@@ -36,7 +37,7 @@ from vadd_pyro.quality import (
 )
 from vadd_pyro.sampling import sample
 
-__all__ = ["QUALITY", "Judge", "evaluate"]
+__all__ = ["QUALITY", "Judge", "batch_size", "evaluate"]
 
 Row = dict[str, Any]
 QUALITY = {
@@ -55,13 +56,20 @@ class Judge:
     """Quality of samples against the test part of a data set.
 
     What is trained for it (a classifier of pictures, an n-gram model) is trained once, on the
-    training part.
+    training part. What cannot be measured, of rows too few or too short, is left out.
 
     Args:
         data: the rows.
         num_samples: how many samples there will be; as many test rows are held against them, or
             all there are.
         seed: of classifiers and of the choice of rows.
+
+    Attributes:
+        floor: the measures of real rows.
+        left_out: why a metric is not measured, by its name.
+
+    Raises:
+        ValueError: if nothing can be measured, saying why.
     """
 
     def __init__(self, data: DataSet, num_samples: int, seed: int = 0) -> None:
@@ -70,56 +78,76 @@ class Judge:
         self.num_samples = num_samples
         self.seed = seed
         self.real = data.rows("test", min(num_samples, len(data.test)), seed)
-        self.features = self.ngrams = None
+        self.left_out: dict[str, str] = {}
+        self._metrics = self._choose()
+        train = data.rows("train", min(num_samples, len(data.train)), seed + 1)
+        self.floor: list[Row] = []
+        for metric, measure in list(self._metrics.items()):
+            try:
+                found = measure(self.real if metric == "ngram_bits" else train)
+            except ValueError as error:
+                self.left_out[metric] = str(error)
+                del self._metrics[metric]
+                continue
+            self.floor.append(_row(metric, found))
+        if not self._metrics:
+            raise ValueError(
+                f"nothing can be measured of {num_samples} samples of {data.name}: "
+                + "; ".join(f"{name}: {why}" for name, why in self.left_out.items())
+            )
+
+    def _choose(self) -> dict[str, Callable[[Tensor], Sequence[float]]]:
+        """The metrics that suit the data, each as a function of rows."""
+        data, real = self.data, self.real
         if isinstance(data, TextData):
-            # Windows overlap in training only; here the text is read once.
-            self.ngrams = NGramModel(data.rows("train"), _MODEL_ORDER, data.vocab_size)
-        elif data.shape is not None:
-            self.features = ImageFeatures(data, seed=seed)
-            self.real_features = self.features.features(self.real)
+            order = min(_MODEL_ORDER, data.length - 1)
+            ngrams = NGramModel(data.rows("train"), order, data.vocab_size)
+            metrics: dict[str, Callable[[Tensor], Sequence[float]]] = {
+                f"ngram_js_{n}": partial(_ngram_distance, real, n) for n in _ORDERS
+            }
+            metrics["ngram_bits"] = ngrams.bits_per_token
+            metrics["entropy"] = lambda x: token_entropy(x)[:2]
+            metrics["row_entropy"] = lambda x: token_entropy(x)[2:4]
+            return metrics
+        test: dict[str, Callable[[Tensor], Sequence[float]]] = {"two_sample": self._two_sample}
+        if data.shape is None:
+            return test
+        network = ImageFeatures(data, seed=self.seed)
+        features = network.features(real)
+        return {
+            "frechet": lambda x: frechet_distance(features, network.features(x))[:2],
+            **test,
+        }
+
+    def _two_sample(self, x: Tensor) -> Sequence[float]:
+        """Pixels are brightness, of which more is more; other tokens have no order."""
+        scale = 1 if self.data.shape is None else self.data.vocab_size - 1
+        pair = (self.real, x) if scale == 1 else (self.real / scale, x / scale)
+        return two_sample_test(*pair, seed=self.seed)[:2]
 
     def __call__(self, x: Tensor) -> list[Row]:
-        """Measures of rows ``(N, D)``: metric, value, standard error (nan where there is none)."""
-        rows: list[Row] = []
-
-        def add(metric: str, value: float, stderr: float = math.nan) -> None:
-            rows.append({"metric": metric, "value": float(value), "stderr": float(stderr)})
-
-        if self.ngrams is not None:
-            for order in _ORDERS:
-                add(f"ngram_js_{order}", *ngram_jensen_shannon(self.real, x, order))
-            add("ngram_bits", *self.ngrams.bits_per_token(x))
-            entropy = token_entropy(x)
-            add("entropy", entropy.pooled, entropy.pooled_stderr)
-            add("row_entropy", entropy.within_rows, entropy.within_rows_stderr)
-            return rows
-        if self.features is not None:
-            distance = frechet_distance(self.real_features, self.features.features(x))
-            add("frechet", distance.value, distance.stderr)
-        test = two_sample_test(self._values(self.real), self._values(x), seed=self.seed)
-        add("two_sample", test.accuracy, test.stderr)
-        return rows
-
-    def _values(self, x: Tensor) -> Tensor:
-        """Pixels as brightness, of which more is more; other tokens have no order."""
-        return x if self.data.shape is None else x / (self.data.vocab_size - 1)
-
-    def floor(self) -> list[Row]:
-        """The measures of training rows."""
-        return self(
-            self.data.rows("train", min(self.num_samples, len(self.data.train)), self.seed + 1)
-        )
+        """Measures of rows ``(N, D)``: metric, value, standard error."""
+        return [_row(metric, measure(x)) for metric, measure in self._metrics.items()]
 
 
-def _in_pieces(bound: Callable[[Tensor], Bound], x: Tensor, bar: tqdm) -> tuple[float, float]:
-    """Mean of a bound and its standard error over rows, with a bar that moves."""
-    values = []
-    for piece in x.split(max(1, math.ceil(len(x) / 20))):
-        values.append(bound(piece).value)
-        bar.update(len(piece))
-    value = torch.cat(values)
-    error = value.std() / len(value) ** 0.5 if len(value) > 1 else torch.tensor(math.nan)
-    return float(value.mean()), float(error)
+def _ngram_distance(real: Tensor, n: int, x: Tensor) -> Sequence[float]:
+    return ngram_jensen_shannon(real, x, n)
+
+
+def _row(metric: str, found: Sequence[float]) -> Row:
+    return {"metric": metric, "value": float(found[0]), "stderr": float(found[1])}
+
+
+def _in_pieces(
+    bound: Callable[..., Bound], x: Tensor, seed: int, what: str, progress: bool
+) -> list[float]:
+    """A bound on every row, with a bar that moves. Each piece has random numbers of its own."""
+    values: list[float] = []
+    with tqdm(total=len(x), desc=what, disable=not progress, leave=False) as bar:
+        for i, piece in enumerate(x.split(max(1, math.ceil(len(x) / 20)))):
+            values += bound(piece, seed=seed * 1000 + i).value.tolist()
+            bar.update(len(piece))
+    return values
 
 
 def evaluate(
@@ -138,6 +166,8 @@ def evaluate(
     num_samples: int = 2000,
     seed: int = 0,
     judge: Judge | None = None,
+    known: Mapping[str, Any] | None = None,
+    keep: Callable[[dict[str, Any]], Any] | None = None,
     progress: bool = True,
 ) -> dict[str, Any]:
     """Measure a trained pair.
@@ -147,69 +177,113 @@ def evaluate(
         split: rows on which bounds are taken; quality always compares with test rows.
         bound_steps: numbers of steps ``T`` of the bounds; none leaves them out.
         sample_steps: those of the samples; none leaves them out.
-        num_rows: rows of the bounds, drawn at random; None takes all.
+        num_rows: rows of the bounds, drawn at random; None takes all, and so do more than there
+            are.
         num_particles: importance samples per step.
         num_draws: independent draws of path and latents per row.
         num_paths: reveal paths averaged inside the logarithm.
         one_token: whether to take the bound of one token a step, which has ``D`` steps.
-        one_token_rows: rows of it, if others.
-        one_token_terms: steps of each path that are scored, drawn at random; all by default.
+        one_token_rows: so many of the rows for it; all by default.
+        one_token_terms: steps of each path that are scored, drawn at random, of one path then; all
+            by default.
         num_samples: samples for each number of steps.
         seed: of all of it.
         judge: what judges the samples; a new one by default.
+        known: an earlier result for the same pair and data: what was measured the same way is
+            taken from it, and measures of other numbers of steps are kept.
+        keep: called with the result so far after each measure.
         progress: whether to show bars.
 
     Returns:
-        Plain values: what was measured (``"bounds"``, ``"quality"``, ``"floor"``) and how.
+        Plain values: ``"bounds"`` (each with its values by row, and how it was taken),
+        ``"quality"``, ``"floor"``, and what run it was.
     """
-    x = run.data.rows(split, None if num_rows is None else _at_most(num_rows, run, split), seed)
-    common: dict[str, Any] = {"num_particles": num_particles, "num_draws": num_draws, "seed": seed}
-    pair = (run.model, run.guide, run.process)
-    bounds: list[Row] = []
-    for num_steps in bound_steps:
-        with _bar(f"bound, {num_steps} steps", len(x), progress) as bar:
-            bound = partial(
-                log_likelihood_bound, num_steps=num_steps, num_paths=num_paths, **common
-            )
-            value, error = _in_pieces(partial(bound, *pair), x, bar)
-        bounds.append({"num_steps": num_steps, "value": value, "stderr": error, "rows": len(x)})
-    if one_token:
-        some = x if one_token_rows is None else x[:one_token_rows]
-        paths = 1 if one_token_terms is not None else num_paths
-        with _bar("bound, one token a step", len(some), progress) as bar:
-            bound = partial(one_token_bound, num_paths=paths, num_terms=one_token_terms, **common)
-            value, error = _in_pieces(partial(bound, *pair), some, bar)
-        row = {"num_steps": "one token", "value": value, "stderr": error, "rows": len(some)}
-        bounds.append(row)
-    quality: list[Row] = []
-    floor: list[Row] = []
-    if sample_steps:
-        judge = Judge(run.data, num_samples, seed) if judge is None else judge
-        floor = judge.floor()
-        with _bar("samples", len(sample_steps), progress) as bar:
-            for num_steps in sample_steps:
-                drawn = sample(run.model, run.process, num_samples, num_steps, seed=seed)
-                quality += [{"num_steps": num_steps, **row} for row in judge(drawn)]
-                bar.update(1)
-    return {
+    if sample_steps and judge is None:
+        judge = Judge(run.data, num_samples, seed)
+    stored = getattr(run.data, split) if split in ("train", "valid", "test") else ()
+    x = run.data.rows(
+        split, None if num_rows is None or num_rows >= len(stored) else num_rows, seed
+    )
+    how = {"split": split, "num_particles": num_particles, "num_draws": num_draws, "seed": seed}
+    known = {} if known is None else known
+    result: dict[str, Any] = {
         "title": run.settings.title,
         "data": run.data.name,
         "length": run.data.length,
+        "fingerprint": run.data.fingerprint,
         "settings": run.settings.to_dict(),
         "train_seconds": sum(run.seconds.values()),
-        "split": split,
-        "num_paths": num_paths,
-        **common,
-        "num_samples": num_samples,
-        "bounds": bounds,
-        "quality": quality,
-        "floor": floor,
+        "bounds": list(known.get("bounds", [])),
+        "quality": list(known.get("quality", [])),
+        "floor": list(known.get("floor", [])) if judge is None else judge.floor,
     }
 
+    def bounded(steps: int | str, bound: Any, rows: Tensor, paths: int, terms: int | None) -> None:
+        taken = {**how, "rows": len(rows), "num_paths": paths, "num_terms": terms}
+        _drop_unless(result["bounds"], steps, taken)
+        if any(row["num_steps"] == steps for row in result["bounds"]):
+            return
+        what = f"bound, {steps} steps" if isinstance(steps, int) else "bound, one token a step"
+        score = partial(bound, run.model, run.guide, run.process)
+        score = partial(score, num_particles=num_particles, num_draws=num_draws, num_paths=paths)
+        values = torch.tensor(_in_pieces(score, rows, seed, what, progress), dtype=torch.double)
+        row = {"num_steps": steps, "value": float(values.mean()), "stderr": _error(values)}
+        result["bounds"].append({**row, **taken, "values": [round(v, 5) for v in values.tolist()]})
+        if keep is not None:
+            keep(result)
 
-def _at_most(num_rows: int, run: Experiment, split: str) -> int:
-    return min(num_rows, len(getattr(run.data, split)))
+    for num_steps in bound_steps:
+        bound = partial(_steps_bound, num_steps)
+        bounded(num_steps, bound, x, num_paths, None)
+    if one_token:
+        bound = partial(_one_token_bound, one_token_terms)
+        paths = 1 if one_token_terms is not None else num_paths
+        bounded("one token", bound, x[:one_token_rows], paths, one_token_terms)
+    taken = {"num_samples": num_samples, "seed": seed}
+    for num_steps in sample_steps:
+        _drop_unless(result["quality"], num_steps, taken)
+        if judge is None or any(row["num_steps"] == num_steps for row in result["quality"]):
+            continue
+        drawn = sample(
+            run.model,
+            run.process,
+            num_samples,
+            num_steps,
+            seed=seed,
+            batch_size=batch_size(run.process),
+        )
+        rows = judge(drawn.cpu())
+        result["quality"] += [{"num_steps": num_steps, **taken, **row} for row in rows]
+        if keep is not None:
+            keep(result)
+    return result
 
 
-def _bar(what: str, total: int, progress: bool) -> tqdm:
-    return tqdm(total=total, desc=what, disable=not progress, leave=False, dynamic_ncols=True)
+def batch_size(process: MaskingProcess) -> int:
+    """Rows per network call whose logits take about 64 MB."""
+    return max(1, min(16384, 2**24 // (process.length * process.vocab_size)))
+
+
+def _steps_bound(
+    num_steps: int, model: Any, guide: Any, process: Any, x: Tensor, **how: Any
+) -> Bound:
+    return log_likelihood_bound(model, guide, process, x, num_steps, **how)
+
+
+def _one_token_bound(
+    num_terms: int | None, model: Any, guide: Any, process: Any, x: Tensor, **how: Any
+) -> Bound:
+    return one_token_bound(model, guide, process, x, num_terms=num_terms, **how)
+
+
+def _drop_unless(rows: list[Row], steps: int | str, taken: Mapping[str, Any]) -> None:
+    """Forget what was measured for these steps in another way."""
+    rows[:] = [
+        row
+        for row in rows
+        if row["num_steps"] != steps or all(row.get(k) == v for k, v in taken.items())
+    ]
+
+
+def _error(values: Tensor) -> float:
+    return float(values.std()) / len(values) ** 0.5 if len(values) > 1 else math.nan

@@ -12,6 +12,7 @@ References:
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -153,7 +154,8 @@ def preset(
         path: file or folder of the data.
         name: of the preset.
         model: ``"vadd"`` or ``"mdm"``; the preset of a model without latent has uniform times in
-            place of those for few steps, and one stage of as many updates as the first two.
+            place of those for few steps, and one stage of as many updates as the first two, unless
+            their numbers are given.
         sizes, data_options: single ones that are replaced or added; with another ``backbone`` than
             the preset's, the sizes are these alone.
         settings: any other of :class:`Settings`.
@@ -177,9 +179,11 @@ def preset(
         # trained for as many updates.
         if values["times"] in ("part_targets", "few_step"):
             values["times"] = "uniform"
-        merged = {"num_chain_iterations": 0, **values, **settings}
-        settings["num_iterations"] = merged["num_iterations"] + merged["num_chain_iterations"]
-        settings["num_chain_iterations"] = 0
+        if not {"num_iterations", "num_chain_iterations"} & set(settings):
+            plain: dict[str, Any] = {f.name: f.default for f in fields(Settings)}
+            plain |= values
+            values["num_iterations"] = plain["num_iterations"] + plain["num_chain_iterations"]
+        values["num_chain_iterations"] = 0
     unknown = sorted(set(settings) - set(Settings.__dataclass_fields__))
     if unknown:
         raise ValueError(
@@ -187,6 +191,8 @@ def preset(
             f"{', '.join(Settings.__dataclass_fields__)}"
         )
     place = values.get("path") if path is None else str(path)
+    if place is not None and data != "hub":
+        place = str(Path(place).expanduser().absolute())  # runs are read from other folders too
     return Settings(**{**values, **settings, "data": data, "path": place, "model": model})
 
 

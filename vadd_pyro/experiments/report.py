@@ -8,6 +8,7 @@ share.
 from __future__ import annotations
 
 import io
+import json
 import math
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +20,7 @@ from vadd_pyro import plotting
 from vadd_pyro.checkpoints import read_json, write_json, write_whole
 from vadd_pyro.experiments.evaluation import QUALITY
 
-__all__ = ["FILE", "collect", "summary", "write_report"]
+__all__ = ["FILE", "check_together", "collect", "summary", "write_report"]
 
 FILE = "evaluation.json"
 _ONE_TOKEN = "one token"
@@ -44,21 +45,38 @@ class _Value(NamedTuple):
 
 
 def collect(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
-    """What was measured in folders, and below them.
+    """What was measured in folders, and below them, every run once.
 
     Raises:
         FileNotFoundError: if nothing was.
+        ValueError: if the data are not the same everywhere; for a file that is none of ours.
+    """
+    paths = {p.resolve() for folder in folders for p in Path(folder).rglob(FILE)}
+    if not paths:
+        raise FileNotFoundError(f"no {FILE} in {', '.join(map(str, folders))} or below")
+    found = []
+    for path in sorted(paths):
+        result = read_json(path)
+        if not {"title", "settings", "fingerprint", "bounds", "quality"} <= set(result):
+            raise ValueError(f"{path} was not written by vadd-pyro evaluate")
+        found.append(result)
+    return check_together(found)
+
+
+def check_together(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Results that may stand in one table: of the same data, each run once.
+
+    Raises:
         ValueError: if the data are not the same everywhere.
     """
-    found = [read_json(path) for folder in folders for path in sorted(Path(folder).rglob(FILE))]
-    if not found:
-        raise FileNotFoundError(f"no {FILE} in {', '.join(map(str, folders))} or below")
-    names = sorted({result["data"] for result in found})
-    if len(names) > 1:
-        raise ValueError(
-            f"the runs are of different data, {', '.join(names)}: report one data set at a time"
+    kinds = {(r["data"], r["length"], r["fingerprint"]) for r in results}
+    if len(kinds) > 1:
+        named = ", ".join(
+            f"{name} ({length} positions, {print_})" for name, length, print_ in sorted(kinds)
         )
-    return found
+        raise ValueError(f"the runs are of different data, {named}: report one data set at a time")
+    once = {json.dumps(r["settings"], sort_keys=True): r for r in results}
+    return list(once.values())
 
 
 def _models(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -134,7 +152,8 @@ def summary(results: Sequence[dict[str, Any]]) -> str:
             [name, *(_number(_mean(group, "quality", s, metric), 4) for s in sample_steps)]
             for name, group in models.items()
         ]
-        lines += ["", f"{_name(metric)} (training rows: {_number(floor, 4)}):", ""]
+        real = "test rows" if metric == "ngram_bits" else "training rows"
+        lines += ["", f"{_name(metric)} ({real}: {_number(floor, 4)}):", ""]
         lines.append(_table(["model", *(_head(s) for s in sample_steps)], table))
     minutes = [
         f"{name} {np.mean([r['train_seconds'] for r in group]) / 60:.1f}"
@@ -148,18 +167,13 @@ def _bound_tables(
     results: Sequence[dict[str, Any]], models: dict[str, list[dict[str, Any]]]
 ) -> list[str]:
     """Bounds at every number of steps, and what few of them cost."""
-    first, steps, scale = results[0], _steps(results, "bounds"), _scale(results)
+    steps, scale = _steps(results, "bounds"), _scale(results)
     unit = "bits per token, at most" if _is_text(results) else "nats per row, at least"
-    paths = f"{first['num_paths']} path{'s' if first['num_paths'] > 1 else ''}"
     several = any(len(group) > 1 for group in models.values())
     errors = "± over seeds, in brackets over rows" if several else "± over rows"
-    lines = [
-        "",
-        f"Bound on log p_T, {first['split']} rows, {unit} ({first['num_particles']} particles, "
-        f"{paths}; {errors}):",
-        "",
-    ]
-    table, loss = [], []
+    lines = ["", f"Bound on log p_T, {unit} ({_taken(results)}; {errors}):", ""]
+    table, costs = [], []
+    few = [s for s in steps if s != _ONE_TOKEN]
     for name, group in models.items():
         values = [_mean(group, "bounds", s, None).scaled(scale) for s in steps]
         several = len(group) > 1
@@ -171,16 +185,45 @@ def _bound_tables(
             ]
         )
         if _ONE_TOKEN in steps:
-            worse = 1 if scale > 0 else -1
-            costs = [worse * (values[-1].mean - v.mean) for v in values]
-            loss.append([name, *(f"{cost:.3f}" for cost in costs[:-1])])
+            costs.append([name, *(_cost(group, s, abs(scale)) for s in few)])
     lines.append(_table(["model", *(_head(s) for s in steps)], table))
-    if loss:
-        few = [_head(s) for s in steps if s != _ONE_TOKEN]
+    if costs:
         cost = unit.split(",")[0]
-        lines += ["", f"What few steps cost against one token a step, {cost}:", ""]
-        lines.append(_table(["model", *few], loss))
+        lines += ["", f"What few steps cost against one token a step, {cost} (± over rows):", ""]
+        lines.append(_table(["model", *(_head(s) for s in few)], costs))
     return lines
+
+
+def _taken(results: Sequence[dict[str, Any]]) -> str:
+    """How bounds were taken."""
+    rows = [row for result in results for row in result["bounds"]]
+    parts = []
+    for name, what in (
+        ("split", "{} rows"),
+        ("rows", "{} of them"),
+        ("num_particles", "{} particles"),
+        ("num_paths", "{} paths"),
+    ):
+        found = sorted({row[name] for row in rows})
+        value = str(found[0]) if len(found) == 1 else " or ".join(map(str, found))
+        parts.append(what.format(value) if value != "1" else what.format(1).removesuffix("s"))
+    return ", ".join(parts)
+
+
+def _cost(group: Sequence[dict[str, Any]], steps: Any, scale: float) -> str:
+    """Mean over rows of what these steps lose, on the rows that both bounds share."""
+    pairs = []
+    for result in group:
+        by_steps = {row["num_steps"]: row["values"] for row in result["bounds"]}
+        if steps in by_steps and _ONE_TOKEN in by_steps:
+            both = min(len(by_steps[steps]), len(by_steps[_ONE_TOKEN]))
+            last, own = by_steps[_ONE_TOKEN][:both], by_steps[steps][:both]
+            pairs.append(np.array(last, dtype=float) - np.array(own, dtype=float))
+    if not pairs or len({len(pair) for pair in pairs}) > 1:
+        return ""
+    loss = scale * np.mean(pairs, 0)
+    error = loss.std(ddof=1) / len(loss) ** 0.5 if len(loss) > 1 else math.nan
+    return f"{loss.mean():.3f} ± {error:.3f}"
 
 
 def _head(steps: Any) -> str:
@@ -203,7 +246,7 @@ def _figure(results: Sequence[dict[str, Any]]) -> Any:
     models = _models(results)
     metrics = [m for m in _metrics(results) if m not in ("ngram_js_1", "row_entropy")]
     steps = [s for s in _steps(results, "bounds") if s != _ONE_TOKEN]
-    panels = bool(steps) + len(metrics)
+    panels = max(1, bool(steps) + len(metrics))
     columns = min(3, panels)
     rows = -(-panels // columns)
     fig = Figure(figsize=(3.6 * columns, 3.0 * rows + 0.4), dpi=150, layout="constrained")
@@ -242,7 +285,7 @@ def _figure(results: Sequence[dict[str, Any]]) -> Any:
             axes.pop(0),
             title=_name(metric).split(",")[0],
             ylabel=_unit(metric),
-            levels={"training rows": floor.mean} if floor.number else None,
+            levels={"real rows": floor.mean} if floor.number else None,
             log=metric == "frechet" or metric.startswith("ngram_js"),
         )
     fig.suptitle(results[0]["data"], fontsize=11)
@@ -274,8 +317,13 @@ def write_report(folder: str | Path, results: Sequence[dict[str, Any]]) -> str:
     folder = Path(folder)
     text = summary(results)
     write_whole(folder / "summary.md", lambda file: file.write(text.encode()))
-    write_json(folder / "results.json", {"results": list(results)})
-    content = io.BytesIO()
-    plotting.save_figure(_figure(results), content)
-    write_whole(folder / "quality.png", lambda file: file.write(content.getvalue()))
+    short = [
+        {**r, "bounds": [{k: v for k, v in b.items() if k != "values"} for b in r["bounds"]]}
+        for r in results
+    ]
+    write_json(folder / "results.json", {"results": short})
+    if any(result["bounds"] or result["quality"] for result in results):
+        content = io.BytesIO()
+        plotting.save_figure(_figure(results), content)
+        write_whole(folder / "quality.png", lambda file: file.write(content.getvalue()))
     return text

@@ -87,6 +87,18 @@ class Settings:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        for name in ("prior", "guide", "times"):
+            if not isinstance(getattr(self, name), str):
+                raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}")
+        for name in ("sizes", "data_options"):
+            if not isinstance(getattr(self, name), Mapping):
+                raise ValueError(f"{name} must be a mapping, got {getattr(self, name)!r}")
+        for name in ("learning_rate", "weight_decay", "ema_decay", "annealing"):
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float):
+                raise ValueError(f"{name} must be a number, got {value!r}")
+        if not isinstance(self.steps, tuple | list):
+            raise ValueError(f"steps must be several numbers of steps, got {self.steps!r}")
         zoo.check("priors", self.prior)
         zoo.check("guides", self.guide)
         zoo.check("times", self.times)
@@ -122,7 +134,9 @@ class Settings:
         unknown = sorted(set(values) - known)
         if unknown:
             raise ValueError(f"settings have no {', '.join(unknown)}: expected {sorted(known)}")
-        return cls(**{**values, "steps": tuple(values["steps"])})
+        if "data" not in values:
+            raise ValueError(f"settings must say what data, got {sorted(values)}")
+        return cls(**{**values, "steps": tuple(values.get("steps", cls.steps))})
 
     def differing(self, other: Mapping[str, Any]) -> list[str]:
         """Names of the settings that differ from stored ones."""

@@ -12,20 +12,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pyro
 import torch
+from torch import Tensor, nn
 
 from vadd_pyro import data as loaders
 from vadd_pyro import zoo
 from vadd_pyro.checkpoints import load_checkpoint, read_json, save_checkpoint
 from vadd_pyro.data import DataSet
+from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.experiments.settings import Settings
 from vadd_pyro.nn.networks import make_networks
 from vadd_pyro.process import MaskingProcess
-from vadd_pyro.runs import FILE, find_runs, restore, state_of
+from vadd_pyro.runs import FILE, restore, state_of
+from vadd_pyro.weights import NamedParameters, Weights
 
 __all__ = [
     "Experiment",
     "build",
+    "check_folder",
     "data_of",
     "is_experiment",
     "load",
@@ -75,7 +80,7 @@ def load_data(settings: Settings, path: str | None = None) -> DataSet:
     """
     loader = getattr(loaders, _LOADERS.get(settings.data, settings.data))
     arguments = dict(settings.data_options)
-    place = settings.path if path is None else path
+    place = settings.path if path is None else str(Path(path).expanduser().absolute())
     if place is not None:
         if settings.data == "digits":
             raise ValueError(f"digits come with scikit-learn and are read from no path: {place!r}")
@@ -89,8 +94,18 @@ def load_data(settings: Settings, path: str | None = None) -> DataSet:
     return found
 
 
-def build(settings: Settings, data: DataSet) -> zoo.Pair:
-    """An untrained pair, a function of the settings and their seed."""
+def build(settings: Settings, data: DataSet, device: str | None = None) -> zoo.Pair:
+    """An untrained pair, a function of the settings and their seed.
+
+    Args:
+        settings: names and sizes.
+        data: gives vocabulary size, length and shape of pictures.
+        device: where it is to be.
+
+    Raises:
+        ValueError: for parts that do not fit; for a prior or guide of the user's own whose
+        parameters could not be kept.
+    """
     process = data.process()
     sizes = dict(settings.sizes)
     if settings.backbone == "unet":
@@ -100,13 +115,49 @@ def build(settings: Settings, data: DataSet) -> zoo.Pair:
         sizes = {"shape": data.shape[-2:], "channels": data.shape[0] if colour else 1, **sizes}
     with torch.random.fork_rng():
         torch.manual_seed(settings.seed)
-        return zoo.build(
+        try:
+            networks = make_networks(settings.backbone, process, **sizes)
+        except TypeError as error:
+            raise ValueError(
+                f"sizes do not fit backbone {settings.backbone!r}: {error}"
+            ) from error
+        pair = zoo.build(
             "none" if settings.model == "mdm" else settings.prior,
             "auto" if settings.model == "mdm" else settings.guide,
             process,
             latent_dim=settings.latent_dim,
             num_codes=settings.num_codes,
-            networks=make_networks(settings.backbone, process, **sizes),
+            networks=networks,
+        )
+        _check_kept(pair, MaskedDiffusionELBO(process), data.rows("train", 1))
+    if device is not None:
+        pair.model.to(device)
+        pair.guide.to(device)
+    return pair
+
+
+def _check_kept(pair: zoo.Pair, elbo: MaskedDiffusionELBO, row: Tensor) -> None:
+    """Check that all that is trained belongs to modules, which a run folder keeps."""
+    if not isinstance(pair.guide, nn.Module):
+        raise ValueError(
+            f"guide {pair.guide!r} is a function: make it a torch module, such as a "
+            "vadd_pyro.Program, so that its weights can be kept"
+        )
+    outside = pyro.get_param_store().get_state()
+    pyro.clear_param_store()
+    try:
+        with torch.no_grad(), NamedParameters() as found:
+            elbo.loss(pair.model, pair.guide, row)
+        weights = Weights(pair.model, pair.guide)
+        weights.add_from_store(found.found)
+    finally:
+        pyro.get_param_store().set_state(outside)
+    stored = [name for name in weights.named if name.startswith("store.")]
+    if stored:
+        raise ValueError(
+            f"the parameters {', '.join(n.removeprefix('store.') for n in stored)} live in Pyro's "
+            "store, which a run folder does not keep: make the prior or guide a torch module that "
+            "holds them"
         )
 
 
@@ -136,41 +187,69 @@ def load_settings(folder: str | Path) -> dict[str, Any] | None:
     return read_json(path) if path.exists() else None
 
 
+def check_folder(settings: Settings, folder: str | Path) -> bool:
+    """Check that a folder can take a run; returns whether the run was begun there before.
+
+    Raises:
+        ValueError: if it holds a run with other settings, naming them. Where the data lie may
+        change: their checksum is compared instead.
+    """
+    done = load_settings(folder)
+    if done is None:
+        return False
+    differing = [name for name in settings.differing(done) if name != "path"]
+    if differing:
+        raise ValueError(
+            f"{folder} holds a run with other settings: {', '.join(differing)}; name another "
+            "folder"
+        )
+    return True
+
+
 def is_experiment(folder: str | Path) -> bool:
     """Whether a folder's ``run.pt`` was written by :func:`save`."""
     return "settings" in load_checkpoint(Path(folder) / FILE)
 
 
-def load(folder: str | Path, path: str | None = None) -> Experiment:
+def _content(folder: str | Path) -> dict[str, Any]:
+    """What ``run.pt`` holds, checked."""
+    file = Path(folder) / FILE
+    content = load_checkpoint(file)
+    parts = ("settings", "data", "seconds", "model", "guide")
+    missing = [name for name in parts if not isinstance(content.get(name), dict)]
+    if missing:
+        raise ValueError(
+            f"{file} was not written by vadd-pyro train: it lacks {', '.join(missing)}"
+        )
+    return content
+
+
+def data_of(folder: str | Path) -> dict[str, Any]:
+    """What the ``run.pt`` in a folder says of its data, with the loader's ``"data"`` name."""
+    content = _content(folder)
+    return {**content["data"], "data": content["settings"].get("data")}
+
+
+def load(folder: str | Path, path: str | None = None, device: str | None = None) -> Experiment:
     """Read a trained pair and its data.
 
     Args:
         folder: the run folder.
         path: where the data are now, if they have moved.
+        device: where the pair is to be.
 
     Raises:
         FileNotFoundError: if there is no run in the folder.
         ValueError: naming the file, if it is damaged or of another kind; if the data are others.
     """
     file = Path(folder) / FILE
-    content = load_checkpoint(file)
-    if not all(isinstance(content.get(name), dict) for name in ("settings", "data", "seconds")):
-        raise ValueError(f"{file} was not written by vadd-pyro train")
+    content = _content(folder)
     settings = Settings.from_dict(content["settings"])
     data = load_data(settings, path)
     data.check_same(content["data"])
-    pair = build(settings, data)
+    pair = build(settings, data, device)
     # A guide that was refitted may hold a prior of its own beside the model's.
     guide = copy.deepcopy(pair.guide)
     restore(pair.model, content["model"], file, "model")
     restore(guide, content["guide"], file, "guide")
     return Experiment(settings, data, pair.model, guide, data.process(), content["seconds"])
-
-
-def data_of(folder: str | Path) -> str:
-    """The ``data`` of the first run at or below a folder, without loading it."""
-    first = find_runs(folder)[0]
-    settings = load_settings(first)
-    if settings is None:
-        raise ValueError(f"{first} was not written by vadd-pyro train")
-    return str(settings["data"])

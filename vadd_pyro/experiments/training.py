@@ -14,17 +14,16 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import pyro
 import torch
 from torch import Tensor
 
 from vadd_pyro import zoo
 from vadd_pyro.annealing import LinearAnnealing
-from vadd_pyro.checkpoints import write_json
+from vadd_pyro.checkpoints import check_writable, write_json
 from vadd_pyro.data import DataSet
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.experiments.settings import Settings
-from vadd_pyro.experiments.store import Experiment, build, load_data, load_settings, save
+from vadd_pyro.experiments.store import Experiment, build, check_folder, load_data, save
 from vadd_pyro.times import GridTimes
 from vadd_pyro.training import History, fit, fit_guide
 
@@ -61,6 +60,7 @@ def train(
     folder: str | Path,
     *,
     checkpoint_every: int = 250,
+    device: str | None = None,
     progress: bool = True,
 ) -> Experiment:
     """Train a pair, or go on where its run folder stands.
@@ -69,6 +69,7 @@ def train(
         settings: what and how.
         folder: the run folder; made if need be.
         checkpoint_every: updates between two checkpoints.
+        device: where to compute; the CPU by default.
         progress: whether to show bars.
 
     Returns:
@@ -80,18 +81,11 @@ def train(
         NonFiniteLossError: if training diverges; the last checkpoint is intact.
     """
     folder = Path(folder)
-    done = load_settings(folder)
-    if done is not None:
-        differing = settings.differing(done)
-        if differing:
-            raise ValueError(
-                f"{folder} holds a run with other settings: {', '.join(differing)}; name another "
-                "folder"
-            )
+    begun = check_folder(settings, folder)
     data = load_data(settings)
-    pair = build(settings, data)
-    if done is None:
-        folder.mkdir(parents=True, exist_ok=True)
+    pair = build(settings, data, device)
+    check_writable(folder / "settings.json")
+    if not begun:
         write_json(folder / "settings.json", settings.to_dict())
     model, guide = pair.model, pair.guide
     histories = {}
@@ -101,7 +95,6 @@ def train(
             guide = copy.deepcopy(guide)
         if not stage.num_iterations or (of_guide and not _has_parameters(guide)):
             continue
-        pyro.clear_param_store()
         histories[stage.name] = stage.fit(
             model,
             guide,
