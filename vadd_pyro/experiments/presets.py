@@ -126,7 +126,6 @@ _MEASURES: dict[str, dict[str, Any]] = {
         "bound_steps": [1, 2, 4, 8, 16],
         "sample_steps": [1, 2, 4, 8, 16],
         "num_rows": None,
-        "num_paths": 4,
     },
     "digits": {"bound_steps": [1, 2, 4, 8, 16, 64], "num_rows": None, "num_samples": 2000},
     "mnist": {"bound_steps": [1, 2, 4, 8, 16, 64], "one_token_terms": 64, "one_token_rows": 500},
