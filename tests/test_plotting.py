@@ -296,6 +296,23 @@ CASES: dict[str, tuple[Callable[[Axes], Axes], list[str]]] = {
         lambda ax: P.show_images(tokens(3, 7, 64), (8, 8), ax, vocab_size=2, title="Digits"),
         ["Digits", "masked"],
     ),
+    "picture_row, partly masked": (
+        lambda ax: P.picture_row((tokens(3, 6, 8, 8).float() - 1).clamp_max(1), ax, "4 steps"),
+        ["4 steps"],
+    ),
+    "curves_by_steps with errors and levels": (
+        lambda ax: P.curves_by_steps(
+            {
+                "MDM": P.Curve([1, 2, 4], [-9.0, -7.0, -6.5], [0.1, 0.1, float("nan")]),
+                "VADD": P.Curve([1, 2], [-6.1, -6.0], [0.1, 0.1]),
+            },
+            ax,
+            title="Bounds",
+            ylabel="nats per row",
+            levels={"circuit": -6.0},
+        ),
+        ["Bounds", "network calls T", "nats per row", "MDM", "VADD", "circuit"],
+    ),
     "show_images of one": (lambda ax: P.show_images(normal(1, 64), (16, 4), ax), ["Images"]),
 }
 
@@ -366,13 +383,13 @@ def test_a_figure_is_readable_on_its_axis_and_leaves_matplotlib_alone(name):
     said = " | ".join(text.get_text().replace("\n", " ") for text in written(ax))
     for words in expected:
         assert words in said.replace("\u00a0", " "), said
-    assert ax.get_title()
-    images = name.startswith("show_images")
+    assert ax.get_title() or name.startswith("picture_row")
+    images = name.startswith(("show_images", "picture_row"))
     assert images or (ax.get_xlabel() and (ax.get_ylabel() or "denoising" in name))
 
 
 def test_every_public_figure_has_a_case():
-    several = {"compare_steps", "laws_by_latent", "save_figure", "show_density"}
+    several = {"Curve", "compare_steps", "laws_by_latent", "save_figure", "show_density"}
     assert {name.split()[0].rstrip(",") for name in CASES} | several == set(plotting.__all__)
 
 
@@ -643,6 +660,13 @@ def test_show_density_draws_the_first_token_to_the_right():
         (lambda: P.completions_plot([1], [[1]], vocab_size=2), "no masked position"),
         (lambda: P.completions_plot([2], [[2]], vocab_size=2), r"completions must .* in 0..1,"),
         (lambda: P.show_images(normal(2, 5), (2, 2)), r"rows must have shape \(any, 4\)"),
+        (lambda: P.picture_row(normal(2, 5)), r"pictures must have shape \(N, H, W\)"),
+        (lambda: P.picture_row(torch.full((1, 2, 2), 2.0)), r"brightness in \[0, 1\], got 2 to 2"),
+        (lambda: P.curves_by_steps({}, ylabel="y"), "curves is empty"),
+        (
+            lambda: P.curves_by_steps({"a": P.Curve([1, 2], [1.0], [0.1])}, ylabel="y"),
+            r"values of 'a' must have shape \(2\)",
+        ),
         (lambda: P.show_density(torch.ones(3)), "p must be a law over pairs"),
     ],
 )
