@@ -67,17 +67,18 @@ def curves_by_steps(
     """
     if not curves:
         raise ValueError("curves is empty: expected at least one model")
-    ax = new_axis(ax)
-    seen: set[int] = set()
-    for i, (name, curve) in enumerate(curves.items()):
+    drawn = {}
+    for name, curve in curves.items():
         steps = vector(f"steps of {name!r}", curve.steps)
         values = vector(f"values of {name!r}", curve.values, len(steps))
-        error = vector(f"stderr of {name!r}", curve.stderr, len(steps), finite=False)
-        seen |= {int(step) for step in steps}
+        stderr = vector(f"stderr of {name!r}", curve.stderr, len(steps), finite=False)
+        drawn[name] = (steps, values, np.nan_to_num(stderr))
+    ax = new_axis(ax)
+    for i, (name, (steps, values, stderr)) in enumerate(drawn.items()):
         ax.errorbar(
             steps,
             values,
-            np.nan_to_num(error),
+            stderr,
             label=name,
             color=COLORS[i % len(COLORS)],
             marker=MARKERS[i % len(MARKERS)],
@@ -94,7 +95,7 @@ def curves_by_steps(
     if log:
         ax.set_yscale("log")
     frame(ax, title, "network calls T", ylabel, grid="y")
-    ticks = sorted(seen)
+    ticks = sorted({int(step) for steps, _, _ in drawn.values() for step in steps})
     ax.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=SMALL)
     ax.minorticks_off()
     legend_below(ax, handles)
