@@ -408,6 +408,12 @@ def test_a_run_on_real_data_is_inspected_on_its_test_rows(tmp_path, capsys):
     options = ["--num-draws", "50", "--num-reference-rows", "3", "--no-progress"]
     assert main(["inspect", str(out), *options]) == 0
     assert "tied, VADD, codes given x_t:" in capsys.readouterr().out
+    (tmp_path / "moved").mkdir()
+    for file in tmp_path.glob("tied.*.csv"):
+        file.rename(tmp_path / "moved" / file.name)
+    assert main(["inspect", str(out), *options]) == 1
+    assert "no table" in capsys.readouterr().err
+    assert main(["inspect", str(out), *options, "--path", str(tmp_path / "moved/tied")]) == 0
     assert (out / "inspection" / "report.html").exists()
 
 
@@ -458,6 +464,9 @@ def test_text_from_the_command_line(folder, tmp_path, capsys):
         (["train", "digits", "--size", "wide"], 2, "expected NAME=VALUE, got 'wide'"),
         (["train", "digits", "--size", "wide=3"], 1, "have no wide"),
         (["train", "digits", "--set", "colour=3"], 2, "there is no setting colour"),
+        (["train", "digits", "--set", "seed=3"], 2, "--set seed cannot be given: there is --seed"),
+        (["train", "digits", "--bound-steps", "none"], 2, "--bound-steps needs --evaluate"),
+        (["train", "digits", "--no-one-token"], 2, "--no-one-token needs --evaluate"),
         (["sample", "nothing"], 1, "nothing"),
         (["evaluate", "nothing"], 1, "nothing"),
     ],

@@ -69,15 +69,26 @@ _PAIR: dict[str, Any] = {"type": _pair, "metavar": "NAME=VALUE", "action": "appe
 _STEPS: dict[str, Any] = {"type": _steps, "metavar": "T[,T...]"}
 
 
-_MEASURES = (
-    *("bound_steps", "sample_steps", "num_rows", "num_particles", "num_paths", "num_samples"),
-    "no_one_token",
-)
+_MEASURES = {
+    "bound_steps": "--bound-steps",
+    "sample_steps": "--sample-steps",
+    "num_rows": "--num-rows",
+    "num_particles": "--num-particles",
+    "num_paths": "--num-paths",
+    "num_samples": "--num-samples",
+    "one_token": "--no-one-token",
+}
 _OWN_OPTIONS = {"sizes": "--size", "data_options": "--data-option", "seed": "--seed"}
 
 
 def _add_measures(add: Callable[..., Any]) -> None:
-    add("--no-one-token", action="store_true", help="leave out the bound of one token a step")
+    add(
+        "--no-one-token",
+        dest="one_token",
+        action="store_const",
+        const=False,
+        help="leave out the bound of one token a step",
+    )
     add("--bound-steps", type=_steps_or_none, metavar="T[,T...]", help="steps of the bounds")
     add("--sample-steps", type=_steps_or_none, metavar="T[,T...]", help="steps of the samples")
     add("--num-rows", help="test rows on which bounds are taken", **_NUMBER)
@@ -117,7 +128,7 @@ def _add_train(commands: Any) -> None:
     add("--seed", type=seed, default=0, help="first seed")
     add("--seeds", default=1, help="number of seeds", **_NUMBER)
     add("--threads", help="threads of torch; by default its own choice", **_NUMBER)
-    add("--device", metavar="NAME", help="such as cpu or cuda; by default a GPU if there is one")
+    _add_device(add)
     add("--out", default="runs/train", metavar="RUN", help="run folder; default runs/train")
     add("--checkpoint-every", default=250, help="updates between checkpoints", **_NUMBER)
     add("--evaluate", action="store_true", help="measure the result, as vadd-pyro evaluate does")
@@ -136,8 +147,7 @@ def _add_evaluate(commands: Any) -> None:
     add = evaluate.add_argument
     add("run", nargs="+", metavar="RUN", help="run folders, or folders of them; of one data set")
     add("--out", metavar="FOLDER", help="where the report goes; by default the first RUN")
-    add("--path", help="where the data are now, if they have moved")
-    add("--device", metavar="NAME", help="such as cpu or cuda; by default a GPU if there is one")
+    _add_places(add)
     _add_measures(add)
     add("--no-progress", action="store_true", help="no progress bars")
 
@@ -188,7 +198,15 @@ def _add_infill(commands: Any) -> None:
 def _add_common(add: Callable[..., Any]) -> None:
     add("--seed", type=seed, default=0, help="of the draws")
     add("--out", metavar="FOLDER", help="where files go; by default RUN")
+    _add_places(add)
+
+
+def _add_places(add: Callable[..., Any]) -> None:
     add("--path", help="where the data are now, if they have moved")
+    _add_device(add)
+
+
+def _add_device(add: Callable[..., Any]) -> None:
     add("--device", metavar="NAME", help="such as cpu or cuda; a GPU if there is one")
 
 
@@ -205,12 +223,8 @@ def _measures(arguments: argparse.Namespace, data: str) -> dict[str, Any]:
     from vadd_pyro.experiments.presets import measures
 
     options = measures(data)
-    for name in _MEASURES[:-1]:
-        if getattr(arguments, name) is not None:
-            options[name] = getattr(arguments, name)
-    if arguments.no_one_token:
-        options["one_token"] = False
-    return options
+    given = {name: getattr(arguments, name) for name in _MEASURES}
+    return options | {name: value for name, value in given.items() if value is not None}
 
 
 def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
@@ -233,9 +247,9 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
             parser.error(f"--set {name} cannot be given: there is {where}")
         given[name] = value
     if not arguments.evaluate:
-        for name in _MEASURES:
-            if getattr(arguments, name):
-                parser.error(f"--{name.replace('_', '-')} needs --evaluate")
+        for name, option in _MEASURES.items():
+            if getattr(arguments, name) is not None:
+                parser.error(f"{option} needs --evaluate")
     try:
         settings = [
             preset(

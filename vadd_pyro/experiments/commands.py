@@ -146,13 +146,9 @@ def run_evaluate(
     places = dict.fromkeys(run.resolve() for folder in folders for run in find_runs(folder))
     out = Path(folders[0]) if out is None else Path(out)
     check_writable(out / "summary.md")
-    kinds = {data_of(place)["fingerprint"]: place for place in places}
-    if len(kinds) > 1:
-        raise ValueError(
-            "the runs are of different data, for example "
-            + ", ".join(str(place) for place in kinds.values())
-            + ": report one data set at a time"
-        )
+    report.check_same_data(
+        (found["name"], found["length"], found["fingerprint"]) for found in map(data_of, places)
+    )
     judge: Judge | None = None
     results = []
     for place in places:
@@ -311,7 +307,7 @@ def run_inspect(
     Returns:
         The verdicts as text, and where the report is.
     """
-    run = load(folder)
+    run = load(folder, path)
     out = Path(folder) / "inspection" if out is None else Path(out)
     x_0 = run.data.rows("test", min(num_rows, len(run.data.test)), options.get("seed", 0))
     verdicts = inspect_pair(

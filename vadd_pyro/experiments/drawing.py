@@ -20,7 +20,16 @@ from vadd_pyro.experiments.store import Experiment
 from vadd_pyro.infilling import infill
 from vadd_pyro.sampling import sample
 
-__all__ = ["AREAS", "complete", "draw", "parse_row", "partly_given", "sheet", "write_rows"]
+__all__ = [
+    "AREAS",
+    "complete",
+    "draw",
+    "parse_row",
+    "partly_given",
+    "sheet",
+    "write_figure",
+    "write_rows",
+]
 
 AREAS = ("lower", "upper", "left", "right", "middle")
 
@@ -194,6 +203,11 @@ def sheet(
     for ax, (name, rows) in zip(axes, groups, strict=True):
         plotting.picture_row(data.pictures(rows).numpy(), ax, name)
     fig.suptitle(title, fontsize=10)
+    write_figure(fig, path)
+
+
+def write_figure(fig: Any, path: str | Path) -> None:
+    """Write a figure whole or not at all."""
     content = io.BytesIO()
     plotting.save_figure(fig, content)
     write_whole(path, lambda file: file.write(content.getvalue()))

@@ -103,7 +103,7 @@ class Judge:
             order = min(_MODEL_ORDER, data.length - 1)
             ngrams = NGramModel(data.rows("train"), order, data.vocab_size)
             metrics: dict[str, Callable[[Tensor], Sequence[float]]] = {
-                f"ngram_js_{n}": partial(_ngram_distance, real, n) for n in _ORDERS
+                f"ngram_js_{n}": partial(ngram_jensen_shannon, real, n=n) for n in _ORDERS
             }
             metrics["ngram_bits"] = ngrams.bits_per_token
             metrics["entropy"] = lambda x: token_entropy(x)[:2]
@@ -128,10 +128,6 @@ class Judge:
     def __call__(self, x: Tensor) -> list[Row]:
         """Measures of rows ``(N, D)``: metric, value, standard error."""
         return [_row(metric, measure(x)) for metric, measure in self._metrics.items()]
-
-
-def _ngram_distance(real: Tensor, n: int, x: Tensor) -> Sequence[float]:
-    return ngram_jensen_shannon(real, x, n)
 
 
 def _row(metric: str, found: Sequence[float]) -> Row:
@@ -233,10 +229,10 @@ def evaluate(
             keep(result)
 
     for num_steps in bound_steps:
-        bound = partial(_steps_bound, num_steps)
+        bound = partial(log_likelihood_bound, num_steps=num_steps)
         bounded(num_steps, bound, x, num_paths, None)
     if one_token:
-        bound = partial(_one_token_bound, one_token_terms)
+        bound = partial(one_token_bound, num_terms=one_token_terms)
         paths = 1 if one_token_terms is not None else num_paths
         bounded("one token", bound, x[:one_token_rows], paths, one_token_terms)
     taken = {"num_samples": num_samples, "seed": seed}
@@ -262,18 +258,6 @@ def evaluate(
 def batch_size(process: MaskingProcess) -> int:
     """Rows per network call whose logits take about 64 MB."""
     return max(1, min(16384, 2**24 // (process.length * process.vocab_size)))
-
-
-def _steps_bound(
-    num_steps: int, model: Any, guide: Any, process: Any, x: Tensor, **how: Any
-) -> Bound:
-    return log_likelihood_bound(model, guide, process, x, num_steps, **how)
-
-
-def _one_token_bound(
-    num_terms: int | None, model: Any, guide: Any, process: Any, x: Tensor, **how: Any
-) -> Bound:
-    return one_token_bound(model, guide, process, x, num_terms=num_terms, **how)
 
 
 def _drop_unless(rows: list[Row], steps: int | str, taken: Mapping[str, Any]) -> None:

@@ -7,10 +7,9 @@ share.
 
 from __future__ import annotations
 
-import io
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,9 +17,10 @@ import numpy as np
 
 from vadd_pyro import plotting
 from vadd_pyro.checkpoints import read_json, write_json, write_whole
+from vadd_pyro.experiments.drawing import write_figure
 from vadd_pyro.experiments.evaluation import QUALITY
 
-__all__ = ["FILE", "check_together", "collect", "summary", "write_report"]
+__all__ = ["FILE", "check_same_data", "check_together", "collect", "summary", "write_report"]
 
 FILE = "evaluation.json"
 _ONE_TOKEN = "one token"
@@ -69,14 +69,21 @@ def check_together(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
     Raises:
         ValueError: if the data are not the same everywhere.
     """
-    kinds = {(r["data"], r["length"], r["fingerprint"]) for r in results}
-    if len(kinds) > 1:
-        named = ", ".join(
-            f"{name} ({length} positions, {print_})" for name, length, print_ in sorted(kinds)
-        )
-        raise ValueError(f"the runs are of different data, {named}: report one data set at a time")
+    check_same_data((r["data"], r["length"], r["fingerprint"]) for r in results)
     once = {json.dumps(r["settings"], sort_keys=True): r for r in results}
     return list(once.values())
+
+
+def check_same_data(kinds: Iterable[tuple[str, int, str]]) -> None:
+    """Check that runs are of the same data, told by name, length of a row and checksum.
+
+    Raises:
+        ValueError: naming the data, if they are not.
+    """
+    found = sorted(set(kinds))
+    if len(found) > 1:
+        named = ", ".join(f"{name} ({length} positions, {sum_})" for name, length, sum_ in found)
+        raise ValueError(f"the runs are of different data, {named}: report one data set at a time")
 
 
 def _models(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
@@ -176,14 +183,11 @@ def _bound_tables(
     few = [s for s in steps if s != _ONE_TOKEN]
     for name, group in models.items():
         values = [_mean(group, "bounds", s, None).scaled(scale) for s in steps]
-        several = len(group) > 1
-        table.append(
-            [name]
-            + [
-                _number(v, 3) + (f" ({v.rows:.3f})" if several and v.number else "")
-                for v in values
-            ]
-        )
+        cells = [_number(value, 3) for value in values]
+        if len(group) > 1:
+            both = zip(cells, values, strict=True)
+            cells = [f"{cell} ({v.rows:.3f})" if v.number else cell for cell, v in both]
+        table.append([name, *cells])
         if _ONE_TOKEN in steps:
             costs.append([name, *(_cost(group, s, abs(scale)) for s in few)])
     lines.append(_table(["model", *(_head(s) for s in steps)], table))
@@ -323,7 +327,5 @@ def write_report(folder: str | Path, results: Sequence[dict[str, Any]]) -> str:
     ]
     write_json(folder / "results.json", {"results": short})
     if any(result["bounds"] or result["quality"] for result in results):
-        content = io.BytesIO()
-        plotting.save_figure(_figure(results), content)
-        write_whole(folder / "quality.png", lambda file: file.write(content.getvalue()))
+        write_figure(_figure(results), folder / "quality.png")
     return text
