@@ -25,6 +25,7 @@ LAYERS = [
     {"_version", "schedules"},
     {"process"},
     {"times", "distributions", "recorder", "programs", "checkpoints", "metrics", "nn", "plotting"},
+    {"finite", "interruption", "locks"},
     {"sites", "data", "models", "guides", "weights"},
     {"annealing", "divergences", "estimators", "densities", "quality"},
     {"elbo", "orders", "sampling", "tempering"},

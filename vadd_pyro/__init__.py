@@ -8,12 +8,15 @@ start, and :mod:`vadd_pyro.elbo` for the mathematics.
 from vadd_pyro._version import __version__
 from vadd_pyro.annealing import CyclicalAnnealing, LinearAnnealing, StepAnnealing
 from vadd_pyro.chain import Chain, unroll
+from vadd_pyro.checkpoints import CheckpointWriteError, DamagedCheckpointError
 from vadd_pyro.distributions import DiagonalNormal, TokenCategorical
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.exact import exact_bound, exact_distribution, exact_distributions
 from vadd_pyro.grids import optimize_time_grid
 from vadd_pyro.infilling import Infilling, infill
+from vadd_pyro.interruption import Interrupted
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
+from vadd_pyro.locks import InUseError
 from vadd_pyro.monitor import LatentStatistics, latent_statistics
 from vadd_pyro.one_token import one_token_bound
 from vadd_pyro.process import MaskedBatch, MaskingProcess
@@ -47,14 +50,18 @@ __all__ = [
     "BalancedTimes",
     "Bound",
     "Chain",
+    "CheckpointWriteError",
     "CosineSchedule",
     "CyclicalAnnealing",
+    "DamagedCheckpointError",
     "DiagonalNormal",
     "FewStepTimes",
     "FunctionSchedule",
     "GridTimes",
     "History",
+    "InUseError",
     "Infilling",
+    "Interrupted",
     "LatentStatistics",
     "LinearAnnealing",
     "LinearSchedule",

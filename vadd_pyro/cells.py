@@ -35,11 +35,13 @@ from torch import Tensor
 
 import vadd_pyro
 from vadd_pyro import data, metrics, zoo
+from vadd_pyro.checkpoints import CheckpointWriteError, DamagedCheckpointError
 from vadd_pyro.data import TokenDistribution
 from vadd_pyro.data.tokens import UniformOver
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.exact import exact_distributions
 from vadd_pyro.likelihood import log_likelihood_bound
+from vadd_pyro.locks import InUseError
 from vadd_pyro.process import MaskingProcess, check_size
 from vadd_pyro.programs import evaluation
 from vadd_pyro.recorder import Recorder
@@ -341,6 +343,10 @@ def run_cell(
     Returns:
         The cell, the settings and what was measured; if anything failed, ``"error"`` in place of
         the measures, with the stage, the type, the message and the traceback.
+
+    Raises:
+        CheckpointWriteError, DamagedCheckpointError, InUseError: about the files, not the cell,
+        whose checkpoints are worth keeping.
     """
     result: dict[str, Any] = {
         "cell": asdict(cell),
@@ -350,6 +356,8 @@ def run_cell(
     start = time.perf_counter()
     try:
         _train_and_measure(cell, settings, Path(folder), checkpoint_every, progress, result)
+    except (CheckpointWriteError, DamagedCheckpointError, InUseError):
+        raise
     except Exception as error:
         result["error"] = {
             "stage": result["stage"],

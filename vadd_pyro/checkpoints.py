@@ -1,15 +1,21 @@
 """Checkpoints, and files of plain values.
 
 A checkpoint is one file of tensors and plain values. All are written whole or not at all, and read
-without running any code.
+without running any code. That of a training run has the one before it beside it: it is renamed
+just before the new one takes its name, so that at every moment one of the two names is that of a
+whole checkpoint.
 """
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
 import random
+import re
+import shutil
+import zipfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -19,10 +25,17 @@ import torch
 from torch import Tensor
 
 __all__ = [
+    "CheckpointWriteError",
+    "DamagedCheckpointError",
+    "check_space",
     "check_writable",
     "load_checkpoint",
+    "newest_checkpoint",
+    "previous_of",
     "random_state",
     "read_json",
+    "remove_checkpoint",
+    "remove_stale",
     "restore_random_state",
     "save_checkpoint",
     "write_json",
@@ -30,14 +43,45 @@ __all__ = [
 ]
 
 FORMAT = 1
+_UNFINISHED = re.compile(r"\.(\d+)\.(partial|probe)$")
 
 
-def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
+class DamagedCheckpointError(ValueError):
+    """A checkpoint is not what was written: cut short, or bits of it have changed."""
+
+
+class CheckpointWriteError(OSError):
+    """A checkpoint could not be written, or would find no space on the disk."""
+
+
+def previous_of(path: str | Path) -> Path:
+    """Where the checkpoint before the newest is kept."""
+    path = Path(path)
+    return path.with_name(f"{path.name}.previous")
+
+
+def newest_checkpoint(path: str | Path) -> Path | None:
+    """The file to resume from: the newest, or the one before if a process was killed just between
+    its two renames; None if there is neither.
+    """
+    return next((file for file in (Path(path), previous_of(path)) if file.exists()), None)
+
+
+def remove_checkpoint(path: str | Path) -> None:
+    """Remove a checkpoint and the one before it, the older first."""
+    for file in (previous_of(path), Path(path)):
+        file.unlink(missing_ok=True)
+
+
+def write_whole(
+    path: str | Path, write: Callable[[BinaryIO], Any], *, keep_previous: bool = False
+) -> None:
     """Write a file beside its place and rename it: a half-written one never replaces a good one.
 
     Args:
         path: file to write; its folder is made if need be.
         write: writes the content to an open binary file.
+        keep_previous: whether to keep what stood there, as :func:`previous_of` names it.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,9 +91,50 @@ def write_whole(path: str | Path, write: Callable[[BinaryIO], Any]) -> None:
             write(file)
             file.flush()
             os.fsync(file.fileno())
+        if keep_previous and path.exists():
+            os.replace(path, previous_of(path))
         os.replace(partial, path)
+        _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _sync_folder(folder: Path) -> None:
+    """Have the new names on the disk too, where the file system can do it."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+    except OSError as error:
+        if error.errno not in (errno.EACCES, errno.EINVAL, errno.ENOTSUP):
+            raise
+
+
+def remove_stale(folder: str | Path, name: str | None = None) -> None:
+    """Remove what processes that are no more have left half-written in a folder.
+
+    Args:
+        folder: where to look; folders in it are left alone.
+        name: of which file; None for all.
+    """
+    for file in Path(folder).glob("*"):
+        found = _UNFINISHED.search(file.name)
+        if found is None or (name is not None and file.name[: found.start()] != name):
+            continue
+        if not _alive(int(found.group(1))):
+            file.unlink(missing_ok=True)
+
+
+def _alive(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except (ProcessLookupError, OverflowError):
+        return False
+    except PermissionError:
+        pass  # it is another user's
+    return True
 
 
 def _plain(value: Any) -> Any:
@@ -87,23 +172,43 @@ def read_json(path: str | Path) -> dict[str, Any]:
     return content
 
 
-def save_checkpoint(path: str | Path, content: dict[str, Any]) -> None:
+def save_checkpoint(
+    path: str | Path, content: dict[str, Any], *, keep_previous: bool = False
+) -> None:
     """Write a checkpoint, whole or not at all.
 
     Args:
         path: file to write; its folder is made if need be.
         content: tensors, numbers, strings, lists and dictionaries of them.
+        keep_previous: whether to keep the one that stood there, as :func:`previous_of` names it.
 
     Raises:
-        OSError: naming the file, if the disk is full or the like.
+        CheckpointWriteError: naming the file, if the disk is full or the like.
     """
     try:
-        write_whole(path, lambda file: torch.save({"vadd_pyro": FORMAT, **content}, file))
-    except RuntimeError as error:  # torch's zip writer, for a full disk among others
-        raise OSError(
+        write_whole(
+            path,
+            lambda file: _save({"vadd_pyro": FORMAT, **content}, file),
+            keep_previous=keep_previous,
+        )
+    except (OSError, RuntimeError) as error:  # the latter from torch's zip writer
+        raise CheckpointWriteError(
             f"{path} could not be written ({error}); is the disk full? What stood there before is "
             "intact"
         ) from error
+
+
+def _save(content: dict[str, Any], file: BinaryIO) -> None:
+    """``torch.save`` with checksums, which reading relies on and a setting can leave out."""
+    get = getattr(torch.serialization, "get_crc32_options", None)
+    if get is None or get():
+        torch.save(content, file)
+        return
+    torch.serialization.set_crc32_options(True)
+    try:
+        torch.save(content, file)
+    finally:
+        torch.serialization.set_crc32_options(False)
 
 
 def check_writable(path: str | Path) -> None:
@@ -124,22 +229,89 @@ def check_writable(path: str | Path) -> None:
         raise ValueError(f"{path} cannot be written: {error}") from error
 
 
+def check_space(path: str | Path, size: int, num_saves: int) -> None:
+    """Check that the disk has room for the checkpoints of a run, as far as that can be known.
+
+    Args:
+        path: the newest one. It, the one before and the one being written stand on the disk at
+            once.
+        size: bytes of one.
+        num_saves: how many times one will be written.
+
+    Raises:
+        CheckpointWriteError: with the bytes needed and those that are free.
+    """
+    path = Path(path)
+    disk = shutil.disk_usage(path.parent)
+    held = sum(file.stat().st_size for file in (path, previous_of(path)) if file.exists())
+    copies = min(num_saves, 3)
+    needed = copies * size - held
+    if disk.total and disk.free < needed:  # some file systems tell no numbers
+        raise CheckpointWriteError(
+            f"{path} would find no space: a checkpoint takes about {_megabytes(size)}, up to "
+            f"{copies} stand on the disk at once, and {_megabytes(needed)} more are needed, but "
+            f"{_megabytes(disk.free)} are free there"
+        )
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.1f} MB"
+
+
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
-    """Read a checkpoint, with ``weights_only=True``.
+    """Read a checkpoint, its checksums first, with ``weights_only=True``.
 
     Raises:
         FileNotFoundError: if there is none.
-        ValueError: naming the file, if it is damaged or no checkpoint of this package.
+        DamagedCheckpointError: a ValueError that names the file, and how to go on from the one
+            before it, if that is whole.
+        ValueError: naming the file, if it is no checkpoint of this package.
     """
     path = Path(path)
     if not path.exists():
-        raise FileNotFoundError(f"no checkpoint at {path}")
+        previous = previous_of(path)
+        there = f"; the one before it is at {previous}" if previous.exists() else ""
+        raise FileNotFoundError(f"no checkpoint at {path}{there}")
     try:
-        content = torch.load(path, map_location=map_location, weights_only=True)
-    except (
-        Exception
-    ) as error:  # torch raises many kinds for a damaged file; all mean the same to the caller
-        raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
+        return _read(path, map_location)
+    except DamagedCheckpointError as error:
+        raise DamagedCheckpointError(f"{error}{_way_out(path)}") from error
+
+
+def _way_out(path: Path) -> str:
+    previous = previous_of(path)
+    if not previous.exists():
+        return ""
+    try:
+        iteration = _read(previous, "cpu").get("iteration")
+    except ValueError as error:
+        return f". Nor can the one before it: {error}"
+    return (
+        f". The one before it, {previous}, of iteration {iteration}, is whole: remove {path} and "
+        "resume, and training goes on from there"
+    )
+
+
+def _read(path: Path, map_location: Any) -> dict[str, Any]:
+    # One handle for both, so that what was checked is what is read.
+    with open(path, "rb") as file:
+        try:  # torch itself compares no checksums
+            with zipfile.ZipFile(file) as archive:
+                damaged = archive.testzip()
+        except Exception as error:  # of many kinds; all mean the same to the caller
+            raise DamagedCheckpointError(
+                f"{path} cannot be read as a checkpoint, it is damaged: {error}"
+            ) from error
+        if damaged is not None:
+            raise DamagedCheckpointError(
+                f"{path} cannot be read as a checkpoint, it is damaged: the checksum of {damaged} "
+                "in it is not that of its content"
+            )
+        file.seek(0)
+        try:
+            content = torch.load(file, map_location=map_location, weights_only=True)
+        except Exception as error:  # as above
+            raise ValueError(f"{path} cannot be read as a checkpoint: {error}") from error
     if not isinstance(content, dict) or "vadd_pyro" not in content:
         raise ValueError(f"{path} is no checkpoint of vadd_pyro")
     if content["vadd_pyro"] != FORMAT:

@@ -10,6 +10,7 @@ from typing import Any
 
 from vadd_pyro import cli_experiments
 from vadd_pyro.cli_experiments import positive, seed, separated
+from vadd_pyro.interruption import Interrupted, terminable
 
 __all__ = ["main"]
 
@@ -233,22 +234,29 @@ def _inspect(arguments: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if arguments.command == "compare":
+        return _compare(arguments, parser)
+    if arguments.command == "inspect":
+        return _inspect(arguments)
+    status = cli_experiments.run(arguments, parser)
+    return _demo(arguments, parser) if status is None else status
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = _parser()
     arguments = parser.parse_args(argv)
     try:
-        if arguments.command == "compare":
-            return _compare(arguments, parser)
-        if arguments.command == "inspect":
-            return _inspect(arguments)
-        status = cli_experiments.run(arguments, parser)
-        if status is not None:
-            return status
-        return _demo(arguments, parser)
+        with terminable():
+            return _run(arguments, parser)
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         print(f"vadd-pyro: {error}", file=sys.stderr)
         return 1
+    except Interrupted as stop:
+        more = "" if stop.checkpoint is None else "; the same command goes on from there"
+        print(f"vadd-pyro: {stop}{more}", file=sys.stderr)
+        return stop.exit_status
     except KeyboardInterrupt:
         print("vadd-pyro: interrupted", file=sys.stderr)
         return 130

@@ -7,11 +7,8 @@ failed ones are, and a grid may grow. All cells of a folder share their settings
 
 from __future__ import annotations
 
-import fcntl
-import os
 import sys
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,14 @@ import torch
 from vadd_pyro import data as data_sets
 from vadd_pyro import report, zoo
 from vadd_pyro.cells import Cell, Settings, run_cell
-from vadd_pyro.checkpoints import check_writable, read_json, write_json
+from vadd_pyro.checkpoints import (
+    check_writable,
+    read_json,
+    remove_checkpoint,
+    remove_stale,
+    write_json,
+)
+from vadd_pyro.locks import locked_folder
 from vadd_pyro.process import check_size
 
 __all__ = ["Settings", "grid", "list_names", "report_folder", "run_grid"]
@@ -102,31 +106,6 @@ def report_folder(out: str | Path) -> str:
     if not results:
         raise ValueError(f"{out} holds no results of the experiment")
     return report.write_report(out, results)
-
-
-@contextmanager
-def _locked(folder: Path) -> Iterator[None]:
-    """Keep other processes out of the folder.
-
-    The system holds the lock for the process and drops it when that ends, however it ends; the
-    file says whose it is.
-    """
-    with open(folder / ".lock", "a+") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            file.seek(0)
-            raise ValueError(
-                f"process {file.read().strip() or 'unknown'} is at work in {folder}: wait for "
-                "it, or choose another folder"
-            ) from error
-        file.truncate(0)
-        file.write(f"{os.getpid()}\n")
-        file.flush()
-        try:
-            yield
-        finally:
-            file.truncate(0)
 
 
 def _check_settings(path: Path, found: Mapping[str, Any], wanted: Mapping[str, Any]) -> None:
@@ -232,7 +211,9 @@ def run_grid(
         torch.set_num_threads(threads)
     folder = Path(out)
     check_writable(folder / "results.csv")
-    with _locked(folder):
+    with locked_folder(folder):
+        for inside in (folder, *folder.glob("cells/*")):
+            remove_stale(inside)
         results = _open(folder, settings)
         todo = [c for c in cells if "error" in results.get(c.slug, {"error": None})]
         _say(
@@ -278,7 +259,7 @@ def _run(
 
 def _remove_checkpoints(place: Path) -> None:
     for name in _CHECKPOINTS:
-        (place / name).unlink(missing_ok=True)
+        remove_checkpoint(place / name)
 
 
 def _say(line: str) -> None:

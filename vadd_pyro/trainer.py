@@ -16,15 +16,17 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vadd_pyro.checkpoints import (
+    CheckpointWriteError,
     load_checkpoint,
     random_state,
     restore_random_state,
     save_checkpoint,
 )
-from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.elbo import LossTerms, MaskedDiffusionELBO
+from vadd_pyro.finite import NonFiniteLossError, blame_loss, clip_gradient, not_finite
 from vadd_pyro.monitor import Monitor
 from vadd_pyro.weights import NamedParameters, Weights
 
@@ -32,10 +34,12 @@ __all__ = ["Batches", "History", "NonFiniteLossError", "Run", "scheduled_rate"]
 
 _SMOOTHING = 0.98
 _LATENT_COLUMNS = ("kl_per_dimension", "active_units", "mutual_information", "share_at_prior")
-
-
-class NonFiniteLossError(ArithmeticError):
-    """The loss or its gradient is no number any more; training stopped before the update."""
+_PARTS = (
+    *("configuration", "iteration", "weights", "average", "parameter_names", "optimizer"),
+    *("random", "history", "since", "smooth", "elapsed"),
+)
+# Bytes of a checkpoint: each tensor's header, an entry of the history, names and random states.
+_HEADER, _ENTRY, _BESIDE = 300, 100, 50_000
 
 
 @dataclass
@@ -141,6 +145,7 @@ class Run:
         self.smooth_kl = math.nan
         self.elapsed = 0.0
         self.average: list[Tensor] | None = None
+        self.saved: tuple[Path, int] | None = None  # the newest checkpoint and its iteration
         self._since: list[tuple[float, float]] = []
         self._mark = time.perf_counter()
 
@@ -176,6 +181,7 @@ class Run:
         if self.configuration["ema_decay"] is not None:
             self.average = [parameter.detach().clone() for parameter in parameters]
         self.configuration["optimizer"] = type(self.optimizer).__name__
+        self._buffers = self.weights.buffers()
         for module in self.weights.modules.values():
             # A module that is held fixed is not trained in its batch statistics either.
             module.train(any(p.requires_grad for p in module.parameters()))
@@ -201,31 +207,14 @@ class Run:
         """One update."""
         x_0 = self.batches(self.iteration)
         self.elbo.iteration = self.iteration
-        with ExitStack() as stack:
-            if self.iteration:
-                stack.enter_context(pyro.validation_enabled(False))
-            with self.autocast(x_0.device):
-                terms = self.elbo.terms(self.model, self.guide, x_0)
-            loss = terms.loss / len(x_0)
-            value = loss.item()
-            if not math.isfinite(value):
-                culprit = "KL" if not terms.kl.isfinite() else "reconstruction"
-                raise NonFiniteLossError(
-                    f"the loss is {value} at iteration {self.iteration}, its {culprit} term is "
-                    "not finite; training stopped before the update and the last checkpoint is "
-                    "intact. A smaller learning_rate, a warmup or a smaller clip_norm may help"
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-        clip = self.configuration["clip_norm"]
-        if clip is not None:
-            norm = float(nn.utils.clip_grad_norm_(self.parameters, clip, foreach=True))
-            if not math.isfinite(norm):
-                raise NonFiniteLossError(
-                    f"the gradient's norm is {norm} at iteration {self.iteration}, though the "
-                    f"loss is {value:.6g}; training stopped before the update and the last "
-                    "checkpoint is intact"
-                )
+        buffers = [buffer.clone() for buffer in self._buffers]
+        try:
+            terms, value = self._differentiate(x_0)
+        except NonFiniteLossError:
+            for buffer, kept in zip(self._buffers, buffers, strict=True):
+                buffer.copy_(kept)
+            self._check_weights()  # theirs is the blame if they are no numbers
+            raise
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = self.rate(base)
         self.optimizer.step()
@@ -245,6 +234,57 @@ class Run:
         keep = 0.0 if first else _SMOOTHING
         self.smooth_loss = (0.0 if first else keep * self.smooth_loss) + (1 - keep) * value
         self.smooth_kl = (0.0 if first else keep * self.smooth_kl) + (1 - keep) * kl
+
+    def _differentiate(self, x_0: Tensor) -> tuple[LossTerms, float]:
+        """Clipped gradient of the mean loss, the terms of its sum, and its value; all finite."""
+        with ExitStack() as stack:
+            if self.iteration:
+                stack.enter_context(pyro.validation_enabled(False))
+            with self.autocast(x_0.device):
+                terms = self.elbo.terms(self.model, self.guide, x_0)
+            loss = terms.loss / len(x_0)
+            value = loss.item()
+            if not math.isfinite(value):
+                culprit = blame_loss(
+                    float(terms.reconstruction),
+                    float(terms.kl),
+                    self.elbo.current_kl_weight(),
+                )
+                raise NonFiniteLossError(
+                    f"the loss is {value} at iteration {self.iteration}: {culprit}. Training "
+                    f"stopped before the update, {self._last_good()}. A smaller learning_rate, a "
+                    "warmup or a smaller clip_norm may help"
+                )
+            self.optimizer.zero_grad(set_to_none=True)
+            loss.backward()
+        culprit = clip_gradient(self.weights.named, self.configuration["clip_norm"])
+        if culprit:
+            raise NonFiniteLossError(
+                f"{culprit} at iteration {self.iteration}, though the loss is {value:.6g}. "
+                f"Training stopped before the update, {self._last_good()}"
+            )
+        return terms, value
+
+    def _last_good(self) -> str:
+        kept = "" if self.saved is None else f"; {self.saved[0]} holds iteration {self.saved[1]}"
+        return f"and the programs hold the weights before it{kept}"
+
+    def _check_weights(self) -> None:
+        """Refuse weights that the last update has spoilt, though its gradient was finite; the
+        programs go back to the last checkpoint.
+        """
+        names = not_finite(self.weights.named)
+        if not names:
+            return
+        what = "and the programs hold them: there is no checkpoint to go back to"
+        if self.saved is not None:
+            path, iteration = self.saved
+            self.weights.load(load_checkpoint(path)["weights"], path)
+            what = f"and the programs are back at iteration {iteration}, from {path}"
+        raise NonFiniteLossError(
+            f"the weights of {names} are not finite after iteration {self.iteration}. Training "
+            f"stopped, {what}"
+        )
 
     def log(self) -> None:
         """One entry of the history: means since the last one."""
@@ -272,29 +312,54 @@ class Run:
         self.elapsed += now - self._mark
         self._mark = now
 
+    def checkpoint_size(self, num_entries: int) -> int:
+        """About how many bytes a checkpoint takes.
+
+        An optimiser that has made no step is taken for Adam, with two numbers for each weight.
+
+        Args:
+            num_entries: entries of the history in the end.
+        """
+        tensors = [*self.parameters, *self._buffers, *(self.average or [])]
+        kept = [v for state in self.optimizer.state.values() for v in state.values()]
+        tensors += kept if kept else [*self.parameters, *self.parameters]
+        sizes = [t.numel() * t.element_size() + _HEADER for t in tensors if isinstance(t, Tensor)]
+        return sum(sizes) + _BESIDE + _ENTRY * num_entries
+
     def save(self, path: Path) -> None:
-        """Write everything that a resume needs."""
+        """Write everything that a resume needs, and keep what stood there as the one before."""
+        if self.saved is not None and self.saved[1] == self.iteration:
+            return
+        self._check_weights()
         self._tick()
-        save_checkpoint(
-            path,
-            {
-                "configuration": self.configuration,
-                "iteration": self.iteration,
-                "weights": self.weights.state(),
-                "average": self.average,
-                "parameter_names": list(self.weights.named),
-                "optimizer": self.optimizer.state_dict(),
-                "random": random_state(),
-                "history": self.history.to_dict(),
-                "since": [list(pair) for pair in self._since],
-                "smooth": [self.smooth_loss, self.smooth_kl],
-                "elapsed": self.elapsed,
-            },
-        )
+        content = {
+            "configuration": self.configuration,
+            "iteration": self.iteration,
+            "weights": self.weights.state(),
+            "average": self.average,
+            "parameter_names": list(self.weights.named),
+            "optimizer": self.optimizer.state_dict(),
+            "random": random_state(),
+            "history": self.history.to_dict(),
+            "since": [list(pair) for pair in self._since],
+            "smooth": [self.smooth_loss, self.smooth_kl],
+            "elapsed": self.elapsed,
+        }
+        try:
+            save_checkpoint(path, content, keep_previous=True)
+        except CheckpointWriteError as error:
+            last = "" if self.saved is None else f": iteration {self.saved[1]}"
+            raise CheckpointWriteError(
+                f"training stopped at iteration {self.iteration}: {error}{last}"
+            ) from error
+        self.saved = path, self.iteration
 
     def load(self, path: Path, device: torch.device) -> None:
         """Continue where a checkpoint ends."""
         content = load_checkpoint(path, map_location=device)
+        missing = [name for name in _PARTS if name not in content]
+        if missing:
+            raise ValueError(f"{path} is no checkpoint of fit: it lacks {', '.join(missing)}")
         unnamed = {"precision": "float32"}  # older checkpoints do not say it
         saved = {**unnamed, **content["configuration"]}
         for name, value in {**unnamed, **self.configuration}.items():
@@ -311,6 +376,7 @@ class Run:
         self._since = [(float(loss), float(kl)) for loss, kl in content["since"]]
         self.smooth_loss, self.smooth_kl = content["smooth"]
         self.elapsed = content["elapsed"]
+        self.saved = path, self.iteration
         restore_random_state(content["random"])
 
     def finish(self) -> None:

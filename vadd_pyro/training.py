@@ -20,8 +20,18 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vadd_pyro.checkpoints import check_writable, random_state, restore_random_state
+from vadd_pyro.checkpoints import (
+    CheckpointWriteError,
+    check_space,
+    check_writable,
+    newest_checkpoint,
+    random_state,
+    remove_stale,
+    restore_random_state,
+)
 from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.interruption import Interrupted, StopRequest
+from vadd_pyro.locks import locked
 from vadd_pyro.monitor import Monitor
 from vadd_pyro.process import check_size
 from vadd_pyro.programs import check_store, kept_modes
@@ -153,7 +163,8 @@ def fit(
             optimiser as they are; about 1.5 times as fast on processors that have such products.
         seed: seed of all random draws in training and of the order of the data.
         checkpoint: file that holds the newest state, written every ``checkpoint_every`` updates
-            and at the end.
+            and at the end; the one before stays beside it, as ``checkpoint`` with ``.previous``
+            behind its name. Other processes are kept out of it meanwhile.
         checkpoint_every: updates between two of them.
         resume: continue from ``checkpoint`` if it exists.
         log_every: updates between entries of the history.
@@ -171,8 +182,14 @@ def fit(
 
     Raises:
         ValueError: for bad arguments or data, before anything is trained; for a checkpoint of
-        another run. NonFiniteLossError: naming the iteration; the checkpoint on disk is the last
-        good state.
+        another run, or damaged (:class:`vadd_pyro.DamagedCheckpointError`, which says
+        how to go on from the one before); if another process trains into it
+        (:class:`vadd_pyro.InUseError`). NonFiniteLossError: naming the iteration and the
+        term or parameter; the programs hold the weights before that update, the checkpoint on
+        disk a good state. :class:`vadd_pyro.CheckpointWriteError`: if the disk has no
+        room for the checkpoints, or no more; the last one is intact. Interrupted: after SIGINT or
+        SIGTERM, at the end of the update, with a checkpoint written and the programs left as at
+        the end; a KeyboardInterrupt. A second Ctrl-C stops at once.
     """
     _check_arguments(
         **{k: v for k, v in locals().items() if k not in ("model", "guide", "elbo", "data")}
@@ -215,18 +232,27 @@ def fit(
     if precision != "float32":  # named where in use, so that older checkpoints fit
         configuration["precision"] = precision
     path = None if checkpoint is None else Path(checkpoint)
-    if path is not None:
-        check_writable(path)
+    num_entries = num_iterations // log_every + num_iterations // (monitor_every or num_iterations)
     outside = random_state()
     with ExitStack() as stack:
+        if path is not None:
+            check_writable(path)
+            lock = path.with_name(f"{path.name}.lock")
+            stack.enter_context(locked(lock, f"on {path}", "name another file"))
+            remove_stale(path.parent, path.name)
         stack.callback(restore_random_state, outside)
         stack.enter_context(kept_modes(model, guide))
+        stop = stack.enter_context(StopRequest())
         pyro.set_rng_seed(seed)
         monitor = None if monitor_every is None else Monitor(elbo, monitor_rows, seed)
         run = Run(model, guide, elbo, weights, batches, configuration, monitor)
         run.prepare(optimizer)
-        if resume and path is not None and path.exists():
-            run.load(path, device)
+        if path is not None:
+            newest = newest_checkpoint(path)
+            if resume and newest is not None:
+                run.load(newest, device)
+            num_saves = -(-(num_iterations - run.iteration) // checkpoint_every)
+            check_space(path, run.checkpoint_size(num_entries), num_saves)
         bar = tqdm(
             total=num_iterations,
             initial=run.iteration,
@@ -235,8 +261,8 @@ def fit(
             mininterval=0.5,
             dynamic_ncols=True,
         )
-        with bar:
-            while run.iteration < num_iterations:
+        try:
+            while run.iteration < num_iterations and stop.by is None:
                 run.step()
                 bar.update(1)
                 if run.iteration % log_every == 0 or run.iteration == num_iterations:
@@ -246,11 +272,18 @@ def fit(
                     run.iteration % monitor_every == 0 or run.iteration == num_iterations
                 ):
                     run.observe()
-                if path is not None and (
-                    run.iteration % checkpoint_every == 0 or run.iteration == num_iterations
-                ):
+                if path is not None and run.iteration % checkpoint_every == 0:
                     run.save(path)
+            if path is not None and run.iteration:
+                run.save(path)
+        except CheckpointWriteError:
+            run.finish()
+            raise
+        finally:
+            bar.close()
         run.finish()
+    if stop.by is not None:
+        raise Interrupted(stop.by, run.iteration, None if run.saved is None else run.saved[0])
     return run.history
 
 

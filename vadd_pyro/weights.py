@@ -72,6 +72,16 @@ class Weights:
     def values(self) -> list[Tensor]:
         return list(self.named.values())
 
+    def buffers(self) -> list[Tensor]:
+        """What the modules keep besides parameters, such as batch statistics."""
+        parameters = {id(p) for module in self.modules.values() for p in module.parameters()}
+        return [
+            value
+            for module in self.modules.values()
+            for value in module.state_dict(keep_vars=True).values()
+            if isinstance(value, Tensor) and id(value) not in parameters
+        ]
+
     def state(self) -> dict[str, Any]:
         buffers = {name: module.state_dict() for name, module in self.modules.items()}
         store = {n: p.detach() for n, p in self.named.items() if n.startswith("store.")}

@@ -27,6 +27,7 @@ from vadd_pyro.experiments.store import (
 )
 from vadd_pyro.experiments.training import train
 from vadd_pyro.inspection import inspect_pair
+from vadd_pyro.locks import locked_folder
 from vadd_pyro.runs import FILE, find_runs, told
 
 __all__ = ["run_evaluate", "run_infill", "run_inspect", "run_sample", "run_train"]
@@ -103,6 +104,17 @@ def _measure(
     progress: bool,
 ) -> dict[str, Any]:
     """Measure a run, keeping each result; what is known of these very weights is not repeated."""
+    with locked_folder(folder):
+        return _measure_alone(run, folder, options, judge, progress)
+
+
+def _measure_alone(
+    run: Experiment,
+    folder: Path,
+    options: dict[str, Any],
+    judge: Judge | None,
+    progress: bool,
+) -> dict[str, Any]:
     path = folder / report.FILE
     weights = f"crc32 {zlib.crc32((folder / 'run.pt').read_bytes()):08x}"
     same = {"fingerprint": run.data.fingerprint, "weights": weights}

@@ -19,11 +19,12 @@ from torch import Tensor
 
 from vadd_pyro import zoo
 from vadd_pyro.annealing import LinearAnnealing
-from vadd_pyro.checkpoints import check_writable, write_json
+from vadd_pyro.checkpoints import check_writable, remove_stale, write_json
 from vadd_pyro.data import DataSet
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.experiments.settings import Settings
 from vadd_pyro.experiments.store import Experiment, build, check_folder, load_data, save
+from vadd_pyro.locks import locked_folder
 from vadd_pyro.times import GridTimes
 from vadd_pyro.training import History, fit, fit_guide
 
@@ -63,7 +64,7 @@ def train(
     device: str | None = None,
     progress: bool = True,
 ) -> Experiment:
-    """Train a pair, or go on where its run folder stands.
+    """Train a pair, or go on where its run folder stands. Other processes are kept out of it.
 
     Args:
         settings: what and how.
@@ -77,16 +78,29 @@ def train(
 
     Raises:
         ValueError: for settings that do not fit together, before anything is trained; if the
-        folder holds a run with other settings, naming them.
-        NonFiniteLossError: if training diverges; the last checkpoint is intact.
+        folder holds a run with other settings, naming them; if another process is at work there.
+        Further, whatever :func:`vadd_pyro.fit` raises.
     """
     folder = Path(folder)
-    begun = check_folder(settings, folder)
+    check_folder(settings, folder)
     data = load_data(settings)
     pair = build(settings, data, device)
     check_writable(folder / "settings.json")
-    if not begun:
-        write_json(folder / "settings.json", settings.to_dict())
+    with locked_folder(folder):
+        remove_stale(folder)
+        if not check_folder(settings, folder):  # again: another process may just have been there
+            write_json(folder / "settings.json", settings.to_dict())
+        return _train(settings, data, pair, folder, checkpoint_every, progress)
+
+
+def _train(
+    settings: Settings,
+    data: DataSet,
+    pair: zoo.Pair,
+    folder: Path,
+    checkpoint_every: int,
+    progress: bool,
+) -> Experiment:
     model, guide = pair.model, pair.guide
     histories = {}
     for number, stage in enumerate(_stages(settings, data)):
