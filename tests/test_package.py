@@ -29,7 +29,7 @@ LAYERS = [
     {"sites", "data", "models", "guides", "weights"},
     {"annealing", "divergences", "estimators", "densities", "quality"},
     {"elbo", "orders", "sampling", "tempering"},
-    {"integration"},
+    {"compiled", "integration"},
     {"chain", "exact", "grids", "infilling", "information", "likelihood", "monitor", "trainer"},
     {"inspection", "training", "one_token"},
     {"demo", "cells", "compare", "panels", "report", "runs", "zoo"},

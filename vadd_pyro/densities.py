@@ -78,7 +78,7 @@ def score(
     num_particles: int = 1,
     vectorized: bool = False,
     importance_weighted: bool = False,
-    kl_weight: float = 1.0,
+    kl_weight: float | Tensor = 1.0,
     closed_form_kl: bool = True,
     renyi_alpha: float | None = None,
     free_bits: float = 0.0,
@@ -95,7 +95,7 @@ def score(
         num_particles: how many particles the run holds.
         vectorized: whether they stand in one run along a dimension of their own.
         importance_weighted: average them inside the logarithm.
-        kl_weight: factor of the latent part.
+        kl_weight: factor of the latent part, a number or a scalar.
         closed_form_kl: use registered KL divergences where that is exact.
         renyi_alpha: ``alpha`` of the Rényi bound; None for the others.
         free_bits: nats of each latent dimension that cost nothing.
@@ -202,10 +202,12 @@ def score(
         prior = [_logsumexp(log_z, dims)] if drawn_sites else []
         log_x = joint - prior[0] if drawn_sites else joint
     kl = layout.sum([*closed_rows, *posterior, *(-value for value in prior)])
-    if kl_weight == 0:
+    # A tensor's value is not looked at: it may be one of a graph that is being traced.
+    known = None if isinstance(kl_weight, Tensor) else kl_weight
+    if known == 0:
         total = log_x.expand(torch.broadcast_shapes(log_x.shape, kl.shape))
     else:
-        total = log_x - kl_weight * kl if kl_weight != 1 else log_x - kl
+        total = log_x - kl_weight * kl if known != 1 else log_x - kl
 
     if averaged_log_prob:
         average_dims = [site.enum_dim for site in averaged if site.enum_dim is not None]
@@ -222,7 +224,7 @@ def score(
                 average_dims, keepdim=True
             )
 
-    if free_bits and kl_weight:
+    if free_bits and known != 0:
         if drawn_dimensions:
             group = layout.sum([*posterior, *(-value for value in prior)]) if closed else kl
             free = free_bits * drawn_dimensions

@@ -35,7 +35,8 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -181,6 +182,7 @@ class MaskedDiffusionELBO(ELBO):
         self.iteration = 0
         self._checked: tuple[Any, Any] | None = None
         self._known_guide: Any = None
+        self._told_kl_weight: Tensor | None = None
 
     # ------------------------------------------------------------------ pieces
 
@@ -189,6 +191,22 @@ class MaskedDiffusionELBO(ELBO):
         return float(
             self.kl_weight(self.iteration) if callable(self.kl_weight) else self.kl_weight
         )
+
+    @contextmanager
+    def told_kl_weight(self, value: Tensor) -> Iterator[None]:
+        """Weigh the KL by a tensor, a scalar, instead of ``kl_weight``.
+
+        For losses that are traced: a graph would hold a number as it was.
+        """
+        self._told_kl_weight = value
+        try:
+            yield
+        finally:
+            self._told_kl_weight = None
+
+    def _kl_weight(self) -> float | Tensor:
+        told = self._told_kl_weight
+        return self.current_kl_weight() if told is None else told
 
     def draw(self, x_0: Tensor, *, check: bool | None = None) -> MaskedBatch:
         """Draw times and masks for clean rows, with the row weights of the objective.
@@ -240,7 +258,7 @@ class MaskedDiffusionELBO(ELBO):
             weight=batch.weight,
             row_plates=self.row_plates,
             num_particles=self.num_particles,
-            kl_weight=self.current_kl_weight(),
+            kl_weight=self._kl_weight(),
             closed_form_kl=self.closed_form_kl,
         )
         if len(runs) == 1:
@@ -325,7 +343,7 @@ class MaskedDiffusionELBO(ELBO):
         row = self.score(model, guide, batch, *args, **kwargs)
         loss = _total(row, batch)
         total_kl = (row.kl if batch.weight is None else row.kl * batch.weight).sum()
-        reconstruction = loss.detach() - self.current_kl_weight() * total_kl
+        reconstruction = loss.detach() - self._kl_weight() * total_kl
         return LossTerms(loss, reconstruction, total_kl)
 
     # ------------------------------------------------------------ Pyro's names

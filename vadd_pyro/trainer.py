@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
 from dataclasses import dataclass, field
@@ -16,7 +17,7 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vadd_pyro.checkpoints import (
     CheckpointWriteError,
@@ -25,6 +26,9 @@ from vadd_pyro.checkpoints import (
     restore_random_state,
     save_checkpoint,
 )
+from vadd_pyro.compiled import NotOneGraphError, Update
+from vadd_pyro.compiled.networks import compiled_networks, silent_networks
+from vadd_pyro.compiled.traced import TracedLoss
 from vadd_pyro.elbo import LossTerms, MaskedDiffusionELBO
 from vadd_pyro.finite import NonFiniteLossError, blame_loss, clip_gradient, not_finite
 from vadd_pyro.monitor import Monitor
@@ -145,6 +149,7 @@ class Run:
         self.smooth_kl = math.nan
         self.elapsed = 0.0
         self.average: list[Tensor] | None = None
+        self.update: Update | None = None
         self.saved: tuple[Path, int] | None = None  # the newest checkpoint and its iteration
         self._since: list[tuple[float, float]] = []
         self._mark = time.perf_counter()
@@ -207,6 +212,47 @@ class Run:
         """One update."""
         x_0 = self.batches(self.iteration)
         self.elbo.iteration = self.iteration
+        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
+            group["lr"] = self.rate(base)
+        if self.update is not None and self.update.fits(x_0):
+            value, kl = self._compiled_step(x_0, self.update)
+        else:
+            value, kl = self._eager_step(x_0)
+        self.iteration += 1
+        self._since.append((value, kl))
+        first = math.isnan(self.smooth_loss)
+        keep = 0.0 if first else _SMOOTHING
+        self.smooth_loss = (0.0 if first else keep * self.smooth_loss) + (1 - keep) * value
+        self.smooth_kl = (0.0 if first else keep * self.smooth_kl) + (1 - keep) * kl
+
+    def _average_weight(self) -> float:
+        """Weight of the new weights in their average.
+
+        Starts with a short memory, so that the first weights are soon forgotten.
+        """
+        if self.average is None:
+            return 0.0
+        done = self.iteration + 1
+        return 1 - min(self.configuration["ema_decay"], (1 + done) / (10 + done))
+
+    def _compiled_step(self, x_0: Tensor, update: Update) -> tuple[float, float]:
+        """One update by the graph: loss and KL of a row."""
+        random = torch.get_rng_state()
+        found = update(x_0, self.elbo.current_kl_weight(), self._average_weight())
+        if not found.finite:
+            # The graph has left the weights as they were. The programs say what is to blame.
+            torch.set_rng_state(random)
+            self._check_weights()
+            self._differentiate(x_0)
+            raise NonFiniteLossError(
+                f"the loss is {found.loss:.6g} and its gradient's norm {found.norm:.6g} at "
+                f"iteration {self.iteration}. Training stopped before the update, "
+                f"{self._last_good()}"
+            )
+        return found.loss, found.kl
+
+    def _eager_step(self, x_0: Tensor) -> tuple[float, float]:
+        """One update by the programs as they are: loss and KL of a row."""
         buffers = [buffer.clone() for buffer in self._buffers]
         try:
             terms, value = self._differentiate(x_0)
@@ -215,25 +261,69 @@ class Run:
                 buffer.copy_(kept)
             self._check_weights()  # theirs is the blame if they are no numbers
             raise
-        for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
-            group["lr"] = self.rate(base)
+        if self.update is not None:
+            self.update.flush()
         self.optimizer.step()
-        self.iteration += 1
+        if self.update is not None:
+            self.update.refresh()
         if self.average is not None:
-            # Starts with a short memory, so that the first weights are soon forgotten.
-            decay = min(
-                self.configuration["ema_decay"], (1 + self.iteration) / (10 + self.iteration)
-            )
             with torch.no_grad():
                 torch._foreach_lerp_(
-                    self.average, [p.detach() for p in self.parameters], 1 - decay
+                    self.average, [p.detach() for p in self.parameters], self._average_weight()
                 )
-        kl = terms.kl.item() / len(x_0)
-        self._since.append((value, kl))
-        first = math.isnan(self.smooth_loss)
-        keep = 0.0 if first else _SMOOTHING
-        self.smooth_loss = (0.0 if first else keep * self.smooth_loss) + (1 - keep) * value
-        self.smooth_kl = (0.0 if first else keep * self.smooth_kl) + (1 - keep) * kl
+        return value, terms.kl.item() / len(x_0)
+
+    def compile(self, stack: ExitStack) -> None:
+        """Compile the updates, as far as the programs allow it, until ``stack`` is closed.
+
+        Anything less than whole updates is said in a warning.
+        """
+        first = self.batches(self.iteration)
+        self.elbo.iteration = self.iteration
+        random = random_state()
+        half = self.configuration.get("precision") == "bfloat16"
+        try:
+            self.update = self._graph(first, half)
+            stack.callback(self.update.release)
+            return
+        except NotOneGraphError as error:
+            reason = str(error)
+        finally:
+            restore_random_state(random)
+        networks = self._silent_networks(first)
+        restore_random_state(random)
+        kind = "networks alone are compiled" if networks else "nothing is compiled"
+        warnings.warn(
+            f"an update cannot be one compiled graph, {kind}: {reason}",
+            RuntimeWarning,
+            stacklevel=3,
+        )
+        stack.enter_context(compiled_networks(networks))
+
+    def _graph(self, x_0: Tensor, half: bool) -> Update:
+        loss = TracedLoss(self.elbo, self.model, self.guide, half)
+        if {id(p) for p in self.parameters} != {id(p) for p in loss.parameters.values()}:
+            raise NotOneGraphError("some parameters are held by Pyro's store alone")
+        averages = None
+        if self.average is not None:
+            own = {id(p): a for p, a in zip(self.parameters, self.average, strict=True)}
+            averages = {name: own[id(p)] for name, p in loss.parameters.items()}
+        clip = self.configuration["clip_norm"]
+        weight = self.elbo.current_kl_weight()
+        update = Update(loss, self.optimizer, averages, clip, x_0, weight)
+        if update.average is not None and self.average is not None:
+            shared = {id(update.parameters[name]): a for name, a in update.average.items()}
+            self.average = [
+                shared.get(id(p), a) for p, a in zip(self.parameters, self.average, strict=True)
+            ]
+        return update
+
+    def _silent_networks(self, x_0: Tensor) -> list[nn.Module]:
+        def call() -> None:
+            with torch.no_grad(), pyro.validation_enabled(False), self.autocast(x_0.device):
+                self.elbo.terms(self.model, self.guide, x_0)
+
+        return silent_networks(list(self.weights.modules.values()), call)
 
     def _differentiate(self, x_0: Tensor) -> tuple[LossTerms, float]:
         """Clipped gradient of the mean loss, the terms of its sum, and its value; all finite."""
@@ -332,6 +422,8 @@ class Run:
             return
         self._check_weights()
         self._tick()
+        if self.update is not None:
+            self.update.flush()
         content = {
             "configuration": self.configuration,
             "iteration": self.iteration,
@@ -360,7 +452,8 @@ class Run:
         missing = [name for name in _PARTS if name not in content]
         if missing:
             raise ValueError(f"{path} is no checkpoint of fit: it lacks {', '.join(missing)}")
-        unnamed = {"precision": "float32"}  # older checkpoints do not say it
+        # Said where in use alone, and not by older checkpoints.
+        unnamed = {"precision": "float32", "compile": False}
         saved = {**unnamed, **content["configuration"]}
         for name, value in {**unnamed, **self.configuration}.items():
             if saved.get(name) != value:

@@ -1,0 +1,122 @@
+"""From a function of tensors to a compiled graph: what was traced, and why it could not be.
+
+A graph holds tensor operations alone. Values of Python are frozen in as they were in the traced
+run, and tensors that are no inputs are held as constants, so whatever else a program reads must
+not change from run to run; what would make it wrong is refused by name.
+"""
+
+from __future__ import annotations
+
+import random
+import warnings
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+from torch import Tensor, nn, no_grad
+from torch.fx import GraphModule
+
+__all__ = ["NotOneGraphError", "capture", "compile_graph", "leaves_of_buffers_alone"]
+
+
+class NotOneGraphError(RuntimeError):
+    """A program cannot be traced or compiled as one graph; the text says why."""
+
+
+def _first_line(error: BaseException) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+@contextmanager
+def leaves_of_buffers_alone(modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Refuse programs that change a buffer, such as the averages of batch normalisation.
+
+    Raises:
+        NotOneGraphError: naming the buffers.
+    """
+    buffers = [(name, b) for module in modules for name, b in module.named_buffers()]
+    versions = [buffer._version for _, buffer in buffers]
+    yield
+    changed = [
+        name
+        for (name, buffer), version in zip(buffers, versions, strict=True)
+        if buffer._version != version
+    ]
+    if changed:
+        raise NotOneGraphError(f"the programs change the buffers {', '.join(changed[:3])}")
+
+
+def _other_draws() -> tuple[Any, ...]:
+    keys: Any = np.random.get_state(legacy=True)
+    return random.getstate(), keys[1].tobytes(), keys[2]
+
+
+@contextmanager
+def _torch_draws_alone() -> Iterator[None]:
+    """Refuse draws from other generators than torch's: a graph would repeat the traced ones."""
+    before = _other_draws()
+    yield
+    if _other_draws() != before:
+        raise NotOneGraphError("the programs draw random numbers from Python or NumPy")
+
+
+def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModule:
+    """The tensor operations that a function runs through.
+
+    Args:
+        function: of tensors, which returns a tuple of tensors.
+        inputs: examples, of the shapes that it is for. What the function writes to them is undone.
+
+    Raises:
+        NotOneGraphError: if what it does depends on values of tensors, or it draws on other random
+        numbers than torch's.
+    """
+    from torch.fx.experimental.proxy_tensor import make_fx  # takes a while
+
+    examples = [value.clone() for value in inputs]
+    try:
+        with _torch_draws_alone(), warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            return make_fx(function, tracing_mode="real")(*examples)
+    except NotOneGraphError:
+        raise
+    except Exception as error:
+        raise NotOneGraphError(_first_line(error)) from error
+
+
+def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
+    """Machine code for a graph, of the same random numbers as torch's own operations.
+
+    Args:
+        graph: from :func:`capture`.
+        inputs: examples; the first call is for these shapes and for no others.
+
+    Returns:
+        A function of the same inputs that returns what the graph does. It writes to those inputs
+        that the graph writes to.
+
+    Raises:
+        NotOneGraphError: without a compiler at hand, or if it fails.
+    """
+    import torch._inductor
+    import torch._inductor.config
+
+    examples: list[Any] = [value.clone() for value in inputs]
+    try:
+        with (
+            torch._inductor.config.patch(fallback_random=True),
+            no_grad(),
+            warnings.catch_warnings(),
+        ):
+            warnings.simplefilter("ignore")
+            call: Any = torch._inductor.compile(graph, examples)
+    except Exception as error:  # of many kinds: no compiler, one that fails, an operation unknown
+        raise NotOneGraphError(_first_line(error)) from error
+
+    def run(*values: Tensor) -> Any:
+        with no_grad():
+            return call(*values)
+
+    return run

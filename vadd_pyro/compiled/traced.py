@@ -1,0 +1,163 @@
+"""The loss of a pair of programs as a function of their parameters, to be traced."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from torch import Tensor, nn
+
+from vadd_pyro.compiled.graphs import NotOneGraphError, leaves_of_buffers_alone
+from vadd_pyro.elbo import LossTerms, MaskedDiffusionELBO
+from vadd_pyro.programs import modules_of
+
+__all__ = ["Differentiated", "TracedLoss", "check_agreement"]
+
+# Of losses and gradients of one batch and the same random numbers; sums in another order.
+_TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
+_HALF_TOLERANCE = 0.05
+
+
+class Differentiated(NamedTuple):
+    """A loss with its gradient.
+
+    Args:
+        loss: mean loss of a row, nats, a scalar.
+        kl: mean KL of a row, nats, a scalar.
+        gradients: of the mean loss, by name; a parameter that the loss does not depend on is not
+            among them.
+    """
+
+    loss: Tensor
+    kl: Tensor
+    gradients: dict[str, Tensor]
+
+
+class _Programs(nn.Module):
+    """The pair as one module, whose parameters can be replaced for a call."""
+
+    def __init__(
+        self, elbo: MaskedDiffusionELBO, model: Any, guide: Any, modules: Sequence[nn.Module]
+    ) -> None:
+        super().__init__()
+        self.modules_of_both = nn.ModuleList(modules)
+        self._pair = (elbo, model, guide)
+
+    def forward(self, x_0: Tensor, kl_weight: Tensor | None, half: bool) -> LossTerms:
+        elbo, model, guide = self._pair
+        with torch.autocast(x_0.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
+            if kl_weight is None:
+                return elbo.terms(model, guide, x_0)
+            with elbo.told_kl_weight(kl_weight):
+                return elbo.terms(model, guide, x_0)
+
+
+class TracedLoss:
+    """The mean loss of a row and its gradient, as a function of parameters, rows and ``lambda``.
+
+    Args:
+        elbo: the loss; with a ``kl_weight`` that is a function, ``lambda`` is an input.
+        model, guide: modules, or handlers around modules.
+        half: run the programs in bfloat16 under autocast.
+
+    Raises:
+        NotOneGraphError: for programs that are no modules, and for losses whose gradient cannot be
+        traced.
+    """
+
+    def __init__(
+        self, elbo: MaskedDiffusionELBO, model: Any, guide: Any, half: bool = False
+    ) -> None:
+        for name, program in (("model", model), ("guide", guide)):
+            if not modules_of(program):
+                raise NotOneGraphError(
+                    f"the {name} is a plain function, whose parameters only Pyro's store knows"
+                )
+        if elbo.doubly_reparameterized:
+            raise NotOneGraphError(
+                "doubly reparameterised gradients run the guide twice on the same random numbers"
+            )
+        found = [module for program in (model, guide) for module in modules_of(program)]
+        self.modules = list({id(module): module for module in found}.values())
+        self.programs = _Programs(elbo, model, guide, self.modules)
+        self.half = half
+        self.told = callable(elbo.kl_weight)
+        self.parameters = {
+            name: p for name, p in self.programs.named_parameters() if p.requires_grad
+        }
+
+    def __call__(
+        self, parameters: Mapping[str, Tensor], x_0: Tensor, kl_weight: Tensor
+    ) -> Differentiated:
+        """Loss and gradient at given parameters, which may be some of all.
+
+        Args:
+            parameters: by name, as in ``parameters``.
+            x_0: clean tokens, ``(B, D)``.
+            kl_weight: ``lambda``, a scalar.
+        """
+        with torch.enable_grad():
+            leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
+            told = kl_weight if self.told else None
+            terms = torch.func.functional_call(self.programs, leaves, (x_0, told, self.half))
+            loss = terms.loss / len(x_0)
+            gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
+        return Differentiated(
+            loss.detach(),
+            terms.kl / len(x_0),
+            {n: g for n, g in zip(leaves, gradients, strict=True) if g is not None},
+        )
+
+    def eager(self, x_0: Tensor, kl_weight: float) -> Differentiated:
+        """What the programs themselves say, the reference for a graph; no parameter is replaced.
+
+        Raises:
+            NotOneGraphError: if they change buffers.
+        """
+        weight = torch.tensor(kl_weight, device=x_0.device)
+        names, values = list(self.parameters), list(self.parameters.values())
+        with leaves_of_buffers_alone(self.modules), pyro.validation_enabled(False):
+            terms = self.programs(x_0, weight if self.told else None, self.half)
+            loss = terms.loss / len(x_0)
+            gradients = torch.autograd.grad(loss, values, allow_unused=True)
+        found = {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
+        return Differentiated(loss.detach(), terms.kl / len(x_0), found)
+
+    @property
+    def tolerance(self) -> float:
+        """How far a graph may be from the programs, relative to the largest number."""
+        dtypes = {p.dtype for p in self.parameters.values()}
+        worst = max(_TOLERANCE.get(dtype, _HALF_TOLERANCE) for dtype in dtypes)
+        return _HALF_TOLERANCE if self.half else worst
+
+
+def check_agreement(
+    graph: Callable[[], Differentiated], reference: Differentiated, tolerance: float
+) -> None:
+    """Refuse a graph that does not say what the programs say.
+
+    Args:
+        graph: gives loss and gradient by the graph, on the reference's batch and random numbers.
+        reference: those of the programs themselves.
+        tolerance: relative to the largest number.
+
+    Raises:
+        NotOneGraphError: naming the loss or the parameter whose gradient differs.
+    """
+    found = graph()
+    loss, expected = float(found.loss), float(reference.loss)
+    if abs(loss - expected) > tolerance * max(1.0, abs(expected)):
+        raise NotOneGraphError(
+            f"its loss is {loss:.6g} where the programs give {expected:.6g}: they do not do the "
+            "same at every call"
+        )
+    largest = max((float(g.abs().max()) for g in reference.gradients.values()), default=0.0)
+    for name, gradient in reference.gradients.items():
+        error = float((found.gradients[name] - gradient).abs().max())
+        if error > tolerance * max(largest, 1e-6):
+            raise NotOneGraphError(
+                f"its gradient of {name} differs from that of the programs by {error:.3g}, where "
+                f"the largest is {largest:.3g}"
+            )
