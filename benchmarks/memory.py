@@ -37,6 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from vadd_pyro import MaskedBatch, MaskedDiffusionELBO, MaskingProcess, guides, models
 from vadd_pyro.nn import (
+    PixelDecoder,
     ResidualDecoder,
     ResidualEncoder,
     TransformerDecoder,
@@ -45,7 +46,7 @@ from vadd_pyro.nn import (
     UNetEncoder,
 )
 
-DECODERS = ("residual", "unet", "transformer")
+DECODERS = ("residual", "pixel", "unet", "transformer")
 BATCHES = (16, 32, 64)
 LENGTHS = (64, 144, 256)  # squares, for images
 VOCABULARIES = (24, 72, 216)
@@ -129,10 +130,18 @@ def networks(name: str, process: MaskingProcess) -> tuple[torch.nn.Module, torch
             ResidualDecoder(process, LATENT_DIM, **sizes),
             ResidualEncoder(process, LATENT_DIM, **sizes),
         )
-    if name == "unet":
+    if name in ("pixel", "unet"):
         side = math.isqrt(process.length)
         if side**2 != process.length:
-            raise ValueError(f"the U-Net needs square images, got length = {process.length}")
+            raise ValueError(f"{name} needs square images, got length = {process.length}")
+    if name == "pixel":
+        sizes = dict(hidden_dim=32, num_blocks=1, embedding_dim=8, condition_dim=16)
+        local: dict[str, Any] = dict(shape=(side, side), sketch_dim=4, local_dim=8)
+        return (
+            PixelDecoder(process, LATENT_DIM, **local, **sizes),
+            ResidualEncoder(process, LATENT_DIM, **sizes),
+        )
+    if name == "unet":
         sizes = dict(
             shape=(side, side),
             hidden_dim=8,

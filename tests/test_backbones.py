@@ -23,6 +23,9 @@ PROCESS = MaskingProcess(vocab_size=3, length=16)
 SIZES: dict[str, dict[str, Any]] = {
     "Residual": dict(hidden_dim=16, num_blocks=2),
     "Late": dict(hidden_dim=16, num_blocks=2, latent_hidden_dim=8),
+    "Pixel": dict(
+        shape=(4, 4), hidden_dim=16, num_blocks=1, sketch_dim=4, local_dim=6, condition_dim=8
+    ),
     "UNet": dict(
         shape=(4, 4), hidden_dim=8, multipliers=(1, 2), num_blocks=1, num_heads=2, condition_dim=8
     ),
@@ -35,8 +38,8 @@ TIMES = pytest.mark.parametrize("timed", [False, True], ids=["no time", "time"])
 
 def fresh(family: str, part: str, *args: Any, process: Any = PROCESS, **options: Any) -> Any:
     """A small network as training starts it."""
-    if part != "Decoder" and family == "Late":
-        family = "Residual"  # whose recognition networks a late decoder goes with
+    if part != "Decoder" and family in ("Late", "Pixel"):
+        family = "Residual"  # whose recognition networks go with those decoders
     return getattr(backbones, family + part)(process, *args, **SIZES.get(family, MLP) | options)
 
 

@@ -19,6 +19,9 @@ PROCESS = MaskingProcess(3, 16)
 SIZES: dict[str, dict[str, Any]] = {
     "mlp": dict(hidden_dim=16, num_layers=2, embedding_dim=4),
     "residual": dict(hidden_dim=16, num_blocks=2, latent_hidden_dim=8, condition_dim=8),
+    "pixel": dict(
+        shape=(4, 4), hidden_dim=16, num_blocks=2, sketch_dim=4, local_dim=6, condition_dim=8
+    ),
     "unet": dict(
         shape=(4, 4),
         hidden_dim=8,
@@ -119,7 +122,7 @@ def test_a_state_does_not_depend_on_the_other_rows(family):
     assert torch.allclose(net(batch)[order], net(batch[order]), atol=1e-5)
 
 
-@FAMILIES
+@pytest.mark.parametrize("family", [f for f in SIZES if f != "pixel"])  # residual features
 def test_the_time_is_told_on_request(family):
     kind = type(make(family).features())
     sizes = {n: s for n, s in SIZES[family].items() if n != "latent_hidden_dim"}
@@ -257,7 +260,10 @@ def test_docstring_example():
 @pytest.mark.parametrize(
     ("call", "message"),
     [
-        (lambda: make_networks("cnn", PROCESS), "unknown networks: 'cnn'; .* mlp, residual, unet"),
+        (
+            lambda: make_networks("cnn", PROCESS),
+            "unknown networks: 'cnn'; .* residual, pixel, unet",
+        ),
         (lambda: make("mlp", num_blocks=2), "'mlp' have no num_blocks; .* hidden_dim, num_layers"),
         (lambda: make("residual", heads=2, depth=1), "'residual' have no heads, depth"),
         (lambda: make_networks("unet", PROCESS), "'unet' need shape"),

@@ -30,16 +30,16 @@ _TABLE: dict[str, Any] = {
     "steps": (1, 2, 4, 8, 16),
 }
 _IMAGES: dict[str, Any] = {
-    "backbone": "residual",
+    "backbone": "pixel",
     "prior": "standard_normal",
     "guide": "relative",
     "latent_dim": 32,
-    "sizes": {"hidden_dim": 512, "num_blocks": 3, "dropout": 0.1},
+    "sizes": {"hidden_dim": 512, "num_blocks": 3, "dropout": 0.1, "local_dim": 16},
     "times": "part_targets",
-    "num_iterations": 20_000,
-    "num_chain_iterations": 4000,
-    "num_guide_iterations": 1000,
-    "steps": (1, 2, 4, 8, 16, 32, 64),
+    "num_iterations": 14_000,
+    "num_chain_iterations": 3000,
+    "num_guide_iterations": 800,
+    "steps": (1, 4, 8, 16, 32, 64),
     "warmup": 200,
     "precision": "bfloat16",
 }

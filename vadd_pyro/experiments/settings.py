@@ -29,7 +29,7 @@ class Settings:
             ``"mdm"``.
         latent_dim: size of a continuous latent.
         num_codes: number of codes of a categorical one.
-        backbone: ``"mlp"``, ``"residual"``, ``"unet"`` or ``"transformer"``.
+        backbone: ``"mlp"``, ``"residual"``, ``"pixel"``, ``"unet"`` or ``"transformer"``.
         sizes: arguments of its networks, see :mod:`vadd_pyro.nn.networks`.
         times: where training looks, a key of :data:`vadd_pyro.zoo.TIMES`.
         num_iterations: updates by the DELBO.
@@ -80,7 +80,7 @@ class Settings:
         for name, known in (
             ("data", DATA),
             ("model", MODELS),
-            ("backbone", ("mlp", "residual", "unet", "transformer")),
+            ("backbone", ("mlp", "residual", "pixel", "unet", "transformer")),
             ("precision", ("float32", "bfloat16")),
         ):
             if getattr(self, name) not in known:

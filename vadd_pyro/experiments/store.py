@@ -108,9 +108,11 @@ def build(settings: Settings, data: DataSet, device: str | None = None) -> zoo.P
     """
     process = data.process()
     sizes = dict(settings.sizes)
-    if settings.backbone == "unet":
+    if settings.backbone in ("pixel", "unet"):
         if data.shape is None:
-            raise ValueError(f"backbone 'unet' needs pictures, and {data.name} has none")
+            raise ValueError(
+                f"backbone {settings.backbone!r} needs pictures, and {data.name} has none"
+            )
         colour = len(data.shape) == 3
         sizes = {"shape": data.shape[-2:], "channels": data.shape[0] if colour else 1, **sizes}
     with torch.random.fork_rng():

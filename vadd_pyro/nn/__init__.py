@@ -7,6 +7,7 @@ toy densities ``MLPDecoder``         ``MLPFeatures``         ``MLPEncoder``
 tables        ``ResidualDecoder``    ``ResidualFeatures``    ``ResidualEncoder``
 tables, codes ``LateDecoder``        the same                the same
 images        ``UNetDecoder``        ``UNetFeatures``        ``UNetEncoder``
+small images  ``PixelDecoder``       ``ResidualFeatures``    ``ResidualEncoder``
 text          ``TransformerDecoder`` ``TransformerFeatures`` ``TransformerEncoder``
 ============= ====================== ======================= ======================
 
@@ -28,11 +29,13 @@ from vadd_pyro.nn.networks import (
     NETWORKS,
     MLPNetworks,
     Networks,
+    PixelNetworks,
     ResidualNetworks,
     TransformerNetworks,
     UNetNetworks,
     make_networks,
 )
+from vadd_pyro.nn.pixels import PixelDecoder
 from vadd_pyro.nn.residual import LateDecoder, ResidualDecoder, ResidualEncoder, ResidualFeatures
 from vadd_pyro.nn.state import State, StateNormal
 from vadd_pyro.nn.transformer import TransformerDecoder, TransformerEncoder, TransformerFeatures
@@ -46,6 +49,8 @@ __all__ = [
     "MLPFeatures",
     "MLPNetworks",
     "Networks",
+    "PixelDecoder",
+    "PixelNetworks",
     "ResidualDecoder",
     "ResidualEncoder",
     "ResidualFeatures",

@@ -30,6 +30,7 @@ from torch import nn
 
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder
 from vadd_pyro.nn.mlp import MLPDecoder, MLPFeatures, StateFeatures
+from vadd_pyro.nn.pixels import PixelDecoder
 from vadd_pyro.nn.residual import LateDecoder, ResidualDecoder, ResidualFeatures
 from vadd_pyro.nn.state import State, StateNormal
 from vadd_pyro.nn.transformer import TransformerDecoder, TransformerFeatures
@@ -40,6 +41,7 @@ __all__ = [
     "NETWORKS",
     "MLPNetworks",
     "Networks",
+    "PixelNetworks",
     "ResidualNetworks",
     "TransformerNetworks",
     "UNetNetworks",
@@ -205,6 +207,46 @@ class ResidualNetworks(Networks):
 
 
 @dataclass(frozen=True, kw_only=True)
+class PixelNetworks(Networks):
+    """Perceptrons with convolutions for what is near, for small pictures on a processor.
+
+    All codes of a latent that is summed out run through the whole decoder. Recognition is that of
+    residual perceptrons; the state has one block fewer.
+
+    Args:
+        process: gives number of grey levels and length.
+        shape, channels, sketch_dim, local_dim, num_convolutions, hidden_dim, num_blocks,
+            embedding_dim, condition_dim, dropout: as in :class:`~vadd_pyro.nn.PixelDecoder`.
+        time_conditioning: tell the decoder the time.
+    """
+
+    shape: Sequence[int]
+    channels: int = 1
+    sketch_dim: int = 8
+    local_dim: int = 24
+    num_convolutions: int = 2
+    hidden_dim: int = 512
+    num_blocks: int = 3
+    embedding_dim: int = 32
+    condition_dim: int = 128
+    time_conditioning: bool = False
+    dropout: float = 0.0
+
+    def decoder(self, latent_dim: int, *, summed: bool = False) -> PixelDecoder:
+        return PixelDecoder(self.process, latent_dim, **self.sizes)
+
+    def _recognition(self, fewer: int) -> ResidualFeatures:
+        return ResidualFeatures(
+            self.process,
+            hidden_dim=self.hidden_dim,
+            num_blocks=_fewer(self.num_blocks, fewer),
+            embedding_dim=self.embedding_dim,
+            condition_dim=self.condition_dim,
+            dropout=self.dropout,
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
 class UNetNetworks(Networks):
     """U-Nets, for images.
 
@@ -296,6 +338,7 @@ def _fewer(number: int, by: int) -> int:
 NETWORKS: dict[str, type[Networks]] = {
     "mlp": MLPNetworks,
     "residual": ResidualNetworks,
+    "pixel": PixelNetworks,
     "unet": UNetNetworks,
     "transformer": TransformerNetworks,
 }

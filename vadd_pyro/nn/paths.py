@@ -13,14 +13,14 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from vadd_pyro.nn.attention import SelfAttention, check_heads
-from vadd_pyro.nn.conditioning import Modulation, check_dropout
+from vadd_pyro.nn.conditioning import Modulation, check_dropout, full_precision
 from vadd_pyro.process import MaskingProcess, check_size
 
-__all__ = ["DownPath", "UpPath", "group_norm", "zero_"]
+__all__ = ["DownPath", "UpPath", "check_shape", "group_norm", "pixel_logits", "zero_"]
 
 
-def _check_shape(
-    process: MaskingProcess, shape: Sequence[int], channels: int, halvings: int
+def check_shape(
+    process: MaskingProcess, shape: Sequence[int], channels: int, halvings: int = 0
 ) -> tuple[int, int]:
     """Height and width, checked against the rows and the number of halvings."""
     if not isinstance(shape, Sequence) or len(shape) != 2:
@@ -52,6 +52,25 @@ def zero_(layer: nn.Module) -> None:
     """Set all parameters of a layer to zero."""
     for parameter in layer.parameters():
         nn.init.zeros_(parameter)
+
+
+def pixel_logits(head: nn.Linear, h: Tensor, channels: int) -> Tensor:
+    """Logits ``(N, D, K)`` in full precision, from vectors ``(N, H W, width)`` of pixels.
+
+    Args:
+        head: gives ``channels * K`` numbers a pixel.
+        h: the vectors.
+        channels: of the images.
+    """
+    h = h.contiguous()  # or a linear layer adds its bias out of place
+    if channels == 1:
+        return full_precision(head, h)
+    # Channel by channel, so that logits, the largest tensor there is, are written in order.
+    with torch.autocast(h.device.type, enabled=False):
+        weight = head.weight.unflatten(0, (channels, -1))
+        bias = head.bias.unflatten(0, (channels, 1, -1))
+        logits = h.to(weight.dtype).unsqueeze(1) @ weight.transpose(-1, -2)
+        return logits.add_(bias).flatten(1, 2)
 
 
 class _Block(nn.Module):
@@ -126,7 +145,7 @@ class DownPath(nn.Module):
         check_size("attention_levels", attention_levels, least=0)
         check_dropout(dropout)
         last = len(multipliers) - 1
-        height, width = _check_shape(process, shape, channels, last)
+        height, width = check_shape(process, shape, channels, last)
         self.pixels = (channels, height, width)
         self.widths = [hidden_dim * multiplier for multiplier in multipliers]
         self.heads = [num_heads if last - i < attention_levels else 0 for i in range(last + 1)]

@@ -42,7 +42,7 @@ from vadd_pyro.nn.conditioning import (
 )
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
-__all__ = ["LateDecoder", "ResidualDecoder", "ResidualEncoder", "ResidualFeatures"]
+__all__ = ["LateDecoder", "ResidualDecoder", "ResidualEncoder", "ResidualFeatures", "RowDecoder"]
 
 _LATE_STD = 0.02  # of the weights by which codes differ before training
 
@@ -127,7 +127,38 @@ class _PositionHead(nn.Module):
         return logits if self.bias is None else logits.add_(self.bias)
 
 
-class ResidualDecoder(Decoder):
+class RowDecoder(Decoder):
+    """What decoders share whose residual blocks make one vector of a row."""
+
+    def __init__(
+        self,
+        process: MaskingProcess,
+        latent_dim: int,
+        *,
+        hidden_dim: int,
+        num_blocks: int,
+        embedding_dim: int,
+        condition_dim: int,
+        time_conditioning: bool,
+        dropout: float,
+    ) -> None:
+        super().__init__(process, latent_dim, time_conditioning=time_conditioning)
+        check_size("hidden_dim", hidden_dim)
+        self.tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=True)
+        self.inputs = nn.Linear(process.length * self.tokens.dim, hidden_dim)
+        self.latent = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim else None
+        self.condition = Condition(condition_dim, latent_dim, time_conditioning=time_conditioning)
+        self.trunk = _Trunk(hidden_dim, num_blocks, self.condition.size, dropout)
+
+    def _row_vectors(self, codes: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        """``(..., B, hidden_dim)`` from vectors of tokens, ``(B, D, e)``."""
+        h = self.inputs(codes.flatten(-2))
+        if self.latent is not None:
+            h = h + self.latent(z)
+        return self.trunk(h, self.condition(z, t))
+
+
+class ResidualDecoder(RowDecoder):
     r"""Decoder ``mu(x_t, z, t)`` of residual blocks; see the module's text.
 
     The latent is added to the row's vector and sets scale and shift of every normalisation. All
@@ -163,20 +194,20 @@ class ResidualDecoder(Decoder):
         time_conditioning: bool = False,
         dropout: float = 0.0,
     ) -> None:
-        super().__init__(process, latent_dim, time_conditioning=time_conditioning)
-        check_size("hidden_dim", hidden_dim)
-        self.tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=True)
-        self.inputs = nn.Linear(process.length * self.tokens.dim, hidden_dim)
-        self.latent = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim else None
-        self.condition = Condition(condition_dim, latent_dim, time_conditioning=time_conditioning)
-        self.trunk = _Trunk(hidden_dim, num_blocks, self.condition.size, dropout)
+        super().__init__(
+            process,
+            latent_dim,
+            hidden_dim=hidden_dim,
+            num_blocks=num_blocks,
+            embedding_dim=embedding_dim,
+            condition_dim=condition_dim,
+            time_conditioning=time_conditioning,
+            dropout=dropout,
+        )
         self.head = _PositionHead(hidden_dim, process.length, process.vocab_size, embedding_dim)
 
     def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
-        h = self.inputs(self.tokens(x_t).flatten(-2))
-        if self.latent is not None:
-            h = h + self.latent(z)
-        return self.head(self.trunk(h, self.condition(z, t)))
+        return self.head(self._row_vectors(self.tokens(x_t), z, t))
 
 
 class LateDecoder(Decoder):

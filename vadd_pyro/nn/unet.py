@@ -24,8 +24,8 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder, status_of
-from vadd_pyro.nn.conditioning import Condition, TokenCode, full_precision
-from vadd_pyro.nn.paths import DownPath, UpPath, group_norm, zero_
+from vadd_pyro.nn.conditioning import Condition, TokenCode
+from vadd_pyro.nn.paths import DownPath, UpPath, group_norm, pixel_logits, zero_
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 
 __all__ = ["UNetDecoder", "UNetEncoder", "UNetFeatures"]
@@ -112,19 +112,8 @@ class UNetDecoder(Decoder):
             c = c.expand(*rows, -1).flatten(0, -2)
         coarse, seen = self.down(h, c, z)
         h = silu(self.norm(self.up(coarse, seen, c)))
-        return self._head(h.flatten(-2).transpose(-1, -2)).unflatten(0, rows)
-
-    def _head(self, h: Tensor) -> Tensor:
-        """Logits ``(N, D, K)`` from vectors ``(N, H W, width)``."""
-        h = h.contiguous()  # or a linear layer adds its bias out of place
-        if self.channels == 1:
-            return full_precision(self.head, h)
-        # Channel by channel, so that logits, the largest tensor there is, are written in order.
-        with torch.autocast(h.device.type, enabled=False):
-            weight = self.head.weight.unflatten(0, (self.channels, self.vocab_size))
-            bias = self.head.bias.unflatten(0, (self.channels, 1, self.vocab_size))
-            logits = h.to(weight.dtype).unsqueeze(1) @ weight.transpose(-1, -2)
-            return logits.add_(bias).flatten(1, 2)
+        pixels = h.flatten(-2).transpose(-1, -2)
+        return pixel_logits(self.head, pixels, self.channels).unflatten(0, rows)
 
 
 class UNetFeatures(Features):
