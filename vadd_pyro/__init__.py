@@ -9,6 +9,7 @@ from vadd_pyro._version import __version__
 from vadd_pyro.annealing import CyclicalAnnealing, LinearAnnealing, StepAnnealing
 from vadd_pyro.chain import Chain, unroll
 from vadd_pyro.checkpoints import CheckpointWriteError, DamagedCheckpointError
+from vadd_pyro.compiled import CompiledLoss
 from vadd_pyro.distributions import DiagonalNormal, TokenCategorical
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.exact import exact_bound, exact_distribution, exact_distributions
@@ -51,6 +52,7 @@ __all__ = [
     "Bound",
     "Chain",
     "CheckpointWriteError",
+    "CompiledLoss",
     "CosineSchedule",
     "CyclicalAnnealing",
     "DamagedCheckpointError",

@@ -72,6 +72,14 @@ def lattice(num_rows: int, device: torch.device) -> Tensor:
     return (shift + torch.arange(num_rows, device=device) / num_rows) % 1
 
 
+def _shuffled(values: Tensor) -> Tensor:
+    """Numbers in random order.
+
+    Gathered, for torch 2.13 cannot compile an indexing by ``randperm``.
+    """
+    return values.gather(0, torch.randperm(len(values), device=values.device))
+
+
 class TimeDistribution(ABC):
     """Base class: one method, :meth:`draw`."""
 
@@ -154,7 +162,7 @@ class AtomTimes(TimeDistribution):
             raise ValueError(f"rest must be a distribution in continuous time, got {self.rest}")
         # The lattice of the rest is in row order: a shuffled one for the atom keeps the two
         # independent.
-        atom = lattice(num_rows, device)[torch.randperm(num_rows, device=device)] < self.share
+        atom = _shuffled(lattice(num_rows, device)) < self.share
         return TimeDraw(
             rest.t.masked_fill(atom, 1.0),
             rest.weight.masked_fill(atom, 1.0),
@@ -261,7 +269,7 @@ class PartTargets(TimeDistribution):
     def draw(self, process: MaskingProcess, num_rows: int, device: torch.device) -> TimeDraw:
         found = self.grid.draw(process, num_rows, device)
         # The lattice of times is in row order: a shuffled one here keeps the two independent.
-        parts = lattice(num_rows, device)[torch.randperm(num_rows, device=device)] < self.share
+        parts = _shuffled(lattice(num_rows, device)) < self.share
         return found._replace(parts=parts)
 
     def __repr__(self) -> str:

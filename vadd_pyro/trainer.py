@@ -17,7 +17,7 @@ from typing import Any
 
 import pyro
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from vadd_pyro.checkpoints import (
     CheckpointWriteError,
@@ -27,6 +27,7 @@ from vadd_pyro.checkpoints import (
     save_checkpoint,
 )
 from vadd_pyro.compiled import NotOneGraphError, Update
+from vadd_pyro.compiled.graphs import first_line
 from vadd_pyro.compiled.networks import compiled_networks, silent_networks
 from vadd_pyro.compiled.traced import TracedLoss
 from vadd_pyro.elbo import LossTerms, MaskedDiffusionELBO
@@ -280,7 +281,13 @@ class Run:
         """
         first = self.batches(self.iteration)
         self.elbo.iteration = self.iteration
-        random = random_state()
+        random, buffers = random_state(), [buffer.clone() for buffer in self._buffers]
+
+        def put_back() -> None:
+            restore_random_state(random)
+            for buffer, value in zip(self._buffers, buffers, strict=True):
+                buffer.copy_(value)
+
         half = self.configuration.get("precision") == "bfloat16"
         try:
             self.update = self._graph(first, half)
@@ -289,16 +296,34 @@ class Run:
         except NotOneGraphError as error:
             reason = str(error)
         finally:
-            restore_random_state(random)
-        networks = self._silent_networks(first)
-        restore_random_state(random)
-        kind = "networks alone are compiled" if networks else "nothing is compiled"
+            put_back()
+        kept = stack.enter_context(ExitStack())
+        try:
+            networks = self._compile_networks(first, kept)
+            kind = f"{networks} networks alone are compiled"
+        except Exception as error:  # of many kinds: the compiler fails, or there is none
+            kept.close()
+            kind = f"nor are networks compiled ({first_line(error)})"
+        finally:
+            put_back()
         warnings.warn(
             f"an update cannot be one compiled graph, {kind}: {reason}",
             RuntimeWarning,
             stacklevel=3,
         )
+
+    def _compile_networks(self, x_0: Tensor, stack: ExitStack) -> int:
+        """Compile the networks, and try them; how many there are."""
+
+        def call() -> None:
+            with pyro.validation_enabled(False), self.autocast(x_0.device):
+                self.elbo.terms(self.model, self.guide, x_0).loss.backward()
+            self.optimizer.zero_grad(set_to_none=True)
+
+        networks = silent_networks(list(self.weights.modules.values()), call)
         stack.enter_context(compiled_networks(networks))
+        call()
+        return len(networks)
 
     def _graph(self, x_0: Tensor, half: bool) -> Update:
         loss = TracedLoss(self.elbo, self.model, self.guide, half)
@@ -317,13 +342,6 @@ class Run:
                 shared.get(id(p), a) for p, a in zip(self.parameters, self.average, strict=True)
             ]
         return update
-
-    def _silent_networks(self, x_0: Tensor) -> list[nn.Module]:
-        def call() -> None:
-            with torch.no_grad(), pyro.validation_enabled(False), self.autocast(x_0.device):
-                self.elbo.terms(self.model, self.guide, x_0)
-
-        return silent_networks(list(self.weights.modules.values()), call)
 
     def _differentiate(self, x_0: Tensor) -> tuple[LossTerms, float]:
         """Clipped gradient of the mean loss, the terms of its sum, and its value; all finite."""

@@ -17,14 +17,15 @@ import numpy as np
 from torch import Tensor, nn, no_grad
 from torch.fx import GraphModule
 
-__all__ = ["NotOneGraphError", "capture", "compile_graph", "leaves_of_buffers_alone"]
+__all__ = ["NotOneGraphError", "capture", "compile_graph", "first_line", "leaves_of_buffers_alone"]
 
 
 class NotOneGraphError(RuntimeError):
     """A program cannot be traced or compiled as one graph; the text says why."""
 
 
-def _first_line(error: BaseException) -> str:
+def first_line(error: BaseException) -> str:
+    """Kind and first line of an error."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
@@ -83,7 +84,18 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModu
     except NotOneGraphError:
         raise
     except Exception as error:
-        raise NotOneGraphError(_first_line(error)) from error
+        raise NotOneGraphError(_reason(error)) from error
+
+
+def _reason(error: Exception) -> str:
+    from torch._subclasses.fake_tensor import DataDependentOutputException as OfValue
+    from torch._subclasses.fake_tensor import DynamicOutputShapeException as OfShape
+
+    if isinstance(error, OfShape):
+        return f"the shape of what {error.func} returns depends on the values of tensors"
+    if isinstance(error, OfValue):
+        return f"the programs look at the values of tensors ({error.func})"
+    return first_line(error)
 
 
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
@@ -113,7 +125,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
             warnings.simplefilter("ignore")
             call: Any = torch._inductor.compile(graph, examples)
     except Exception as error:  # of many kinds: no compiler, one that fails, an operation unknown
-        raise NotOneGraphError(_first_line(error)) from error
+        raise NotOneGraphError(_reason(error)) from error
 
     def run(*values: Tensor) -> Any:
         with no_grad():

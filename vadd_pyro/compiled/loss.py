@@ -10,6 +10,7 @@ import pyro
 import torch
 from torch import Tensor, nn
 
+from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
 from vadd_pyro.elbo import MaskedDiffusionELBO
@@ -78,17 +79,17 @@ class CompiledLoss(nn.Module):
     def _compiled(self, x_0: Tensor) -> Callable[[Tensor], Tensor] | None:
         elbo = self.loss.elbo
         self.loss.elbo.process.check_tokens(x_0, "x_0")
-        random = torch.get_rng_state()
+        random = random_state()
         try:
             loss = TracedLoss(elbo, self.loss.model, self.loss.guide)
             reference = loss.eager(x_0, elbo.current_kl_weight())
-            torch.set_rng_state(random)
+            restore_random_state(random)
             call = _Call(loss, reference, x_0)
         except NotOneGraphError as error:
             warnings.warn(f"the loss runs uncompiled: {error}", RuntimeWarning, stacklevel=3)
             return None
         finally:
-            torch.set_rng_state(random)
+            restore_random_state(random)
         return call
 
 
@@ -107,10 +108,11 @@ class _Call:
                 raise NotOneGraphError("some parameters would get no gradient")
             return found.loss, found.kl, *(found.gradients[name] for name in names)
 
-        inputs = self._inputs(x_0)
+        inputs, random = self._inputs(x_0), random_state()
         with pyro.validation_enabled(False):
             graph = capture(traced, inputs)
         self.graph = compile_graph(graph, inputs)
+        restore_random_state(random)
         check_agreement(lambda: self._differentiated(x_0), reference, loss.tolerance)
 
     def _inputs(self, x_0: Tensor) -> list[Tensor]:

@@ -1,7 +1,8 @@
 """Compiled networks: what is left to compile where a whole update is no graph.
 
 ``torch.compile`` breaks at every Pyro statement. Networks have none, so those modules of a program
-are compiled, each as large as possible, in whose call no statement was met.
+are compiled, each as large as possible, in whose call no statement was met and which return
+tensors.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 from pyro.poutine.messenger import Messenger
-from torch import nn
+from torch import Tensor, nn
 
 __all__ = ["compiled_networks", "silent_networks"]
 
@@ -34,10 +35,13 @@ class _Speakers(Messenger):
 
     def leave(self, module: nn.Module, args: Any, output: Any) -> None:
         self.running.pop()
+        parts = output if isinstance(output, tuple | list) else (output,)
+        if not all(isinstance(part, Tensor) for part in parts):
+            self.speaking.add(id(module))
 
 
 def silent_networks(programs: Sequence[nn.Module], call: Callable[[], Any]) -> list[nn.Module]:
-    """The largest modules in whose call no Pyro statement is met.
+    """The largest modules in whose call no Pyro statement is met and which return tensors.
 
     Args:
         programs: the modules of model and guide.

@@ -23,6 +23,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
 from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
@@ -82,7 +83,7 @@ class Update:
         self.clip_norm = clip_norm
         self.shape = x_0.shape
         self._loss = loss
-        random = torch.get_rng_state()
+        random = random_state()
         reference = loss.eager(x_0, kl_weight)
         names = {id(p): name for name, p in loss.parameters.items()}
         self._groups: list[list[str]] = [
@@ -110,9 +111,9 @@ class Update:
         with pyro.validation_enabled(False):
             graph = capture(self._traced, inputs)
         self._graph = compile_graph(graph, inputs)
-        torch.set_rng_state(random)
+        restore_random_state(random)
         check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
-        torch.set_rng_state(random)
+        restore_random_state(random)
         self._attach()
 
     # ------------------------------------------------------------------ the graph

@@ -46,6 +46,7 @@ class Settings:
         ema_decay: of the average of weights.
         annealing: share of the updates over which the weight of the KL grows to one.
         precision: ``"float32"``, or ``"bfloat16"`` for networks under autocast.
+        compile: run each update as one compiled graph, as :func:`vadd_pyro.fit` does on request.
         seed: of weights, masks and the order of the data.
 
     Raises:
@@ -74,6 +75,7 @@ class Settings:
     ema_decay: float = 0.999
     annealing: float = 0.2
     precision: str = "float32"
+    compile: bool = False
     seed: int = 0
 
     def __post_init__(self) -> None:
@@ -87,6 +89,8 @@ class Settings:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
+        if not isinstance(self.compile, bool):
+            raise ValueError(f"compile must be true or false, got {self.compile!r}")
         for name in ("prior", "guide", "times"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}")
@@ -141,7 +145,10 @@ class Settings:
     def differing(self, other: Mapping[str, Any]) -> list[str]:
         """Names of the settings that differ from stored ones."""
         own = self.to_dict()
-        return [name for name in own if own[name] != other.get(name, object())]
+        # What did not exist yet when a run was made was as it is now by default.
+        unsaid = {"compile": False}
+        known = {**unsaid, **other}
+        return [name for name in own if own[name] != known.get(name, object())]
 
     @property
     def title(self) -> str:

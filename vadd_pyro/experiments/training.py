@@ -123,6 +123,7 @@ def _train(
             ema_decay=settings.ema_decay,
             optimizer=_optimizer(settings, stage.learning_rate),
             precision=settings.precision,
+            compile=settings.compile,
             seed=settings.seed,
             checkpoint=folder / f"{stage.name}.pt",
             checkpoint_every=checkpoint_every,

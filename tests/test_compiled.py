@@ -1,0 +1,470 @@
+"""Compiled training: the same numbers as the programs give, or a line that says why not."""
+
+from __future__ import annotations
+
+import re
+import warnings
+from typing import Any
+
+import numpy as np
+import pyro
+import pyro.distributions as dist
+import pytest
+import torch
+from conftest import small_pair
+from torch import nn
+
+from vadd_pyro import (
+    CompiledLoss,
+    LinearAnnealing,
+    MaskedDiffusionELBO,
+    MaskingProcess,
+    NonFiniteLossError,
+    Program,
+    fit,
+    guides,
+    models,
+)
+from vadd_pyro.compiled import NotOneGraphError, Update
+from vadd_pyro.compiled import graphs as graphs_module
+from vadd_pyro.compiled.layout import Layout
+from vadd_pyro.compiled.networks import silent_networks
+from vadd_pyro.compiled.traced import TracedLoss
+from vadd_pyro.nn import MLPDecoder, MLPEncoder
+from vadd_pyro.times import BalancedTimes, PartTargets
+
+PROCESS = MaskingProcess(3, 4)
+X = torch.randint(3, (200, 4), generator=torch.Generator().manual_seed(0))
+OPTIONS: dict[str, Any] = dict(
+    batch_size=32, warmup=3, progress=False, log_every=1, monitor_every=None, learning_rate=0.01
+)
+
+
+def pair(prior: str = "standard_normal") -> tuple[Any, Any]:
+    torch.manual_seed(1)
+    return small_pair(prior, PROCESS)
+
+
+def annealed(**options: Any) -> MaskedDiffusionELBO:
+    return MaskedDiffusionELBO(PROCESS, kl_weight=LinearAnnealing(8, 0.1), **options)
+
+
+def state(*programs: Any) -> torch.Tensor:
+    return torch.cat([p.detach().flatten() for program in programs for p in program.parameters()])
+
+
+def both(elbo: Any, prior: str = "standard_normal", rows: Any = X, **options: Any) -> Any:
+    """History and weights of a run as it is and of the same run compiled."""
+    runs = []
+    for compiled in (False, True):
+        model, guide = pair(prior)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            history = fit(model, guide, elbo(), rows, 12, **OPTIONS | options, compile=compiled)
+        runs.append((history, state(model, guide)))
+    return runs
+
+
+def assert_equal(runs: Any, tolerance: float = 1e-5) -> None:
+    (eager, weights), (compiled, own) = runs
+    assert compiled.loss == pytest.approx(eager.loss, rel=tolerance)
+    assert compiled.kl == pytest.approx(eager.kl, rel=1e-3, abs=1e-6)
+    assert compiled.kl_weight == eager.kl_weight
+    assert compiled.learning_rate == eager.learning_rate
+    assert (weights - own).abs().max() < 10 * tolerance
+
+
+# ------------------------------------------------------------------------- the same numbers
+
+
+def test_a_compiled_run_is_the_same_run():
+    assert_equal(both(annealed, ema_decay=0.9, clip_norm=0.5))
+
+
+@pytest.mark.parametrize(
+    ("prior", "elbo"),
+    [
+        ("mixture_of_normals", annealed),
+        ("none", lambda: MaskedDiffusionELBO(PROCESS, times=BalancedTimes())),
+        (
+            "conditional_normal",
+            lambda: annealed(times=PartTargets(), num_particles=3, importance_weighted=True),
+        ),
+    ],
+)
+def test_so_it_is_for_other_latents_times_and_bounds(prior, elbo):
+    assert_equal(both(elbo, prior, clip_norm=None))
+
+
+def test_weight_decay_by_groups():
+    def optimizer(parameters):
+        wide = [p for p in parameters if p.dim() > 1]
+        flat = [p for p in parameters if p.dim() <= 1]
+        return torch.optim.AdamW(
+            [{"params": flat, "weight_decay": 0.0, "lr": 0.003}, {"params": wide}],
+            lr=0.01,
+            weight_decay=0.3,
+            betas=(0.8, 0.99),
+        )
+
+    assert_equal(both(annealed, optimizer=optimizer))
+    assert_equal(
+        both(annealed, optimizer=lambda ps: torch.optim.Adam(ps, 0.01, weight_decay=0.3)), 1e-4
+    )
+
+
+def test_other_optimisers_step_on_the_gradient_of_the_graph():
+    def optimizer(parameters):
+        return torch.optim.SGD(parameters, lr=0.01, momentum=0.9)
+
+    assert_equal(both(annealed, optimizer=optimizer, ema_decay=0.9))
+
+
+def test_batches_of_another_size_run_uncompiled_in_between():
+    class Uneven:
+        """Every third batch is smaller."""
+
+        fingerprint = "uneven"
+
+        def __call__(self, batch_size):
+            return X[:batch_size]
+
+        def at(self, iteration, batch_size):
+            size = batch_size - 5 * (iteration % 3 == 2)
+            return X[(7 * iteration) % 100 :][:size]
+
+    assert_equal(both(annealed, rows=Uneven(), ema_decay=0.9))
+
+
+def test_frozen_parameters_and_those_without_gradient_stay(tmp_path):
+    def programs():
+        model, guide = pair()
+        model.decoder.head.weight.requires_grad_(False)
+        model.unused = nn.Linear(2, 2)
+        return model, guide
+
+    found = []
+    for compiled in (False, True):
+        model, guide = programs()
+        before = model.unused.weight.clone()
+        fit(model, guide, annealed(), X, 6, **OPTIONS, compile=compiled)
+        assert torch.equal(model.unused.weight, before)
+        found.append(state(model, guide))
+    assert (found[0] - found[1]).abs().max() < 1e-4
+
+
+class Killed(BaseException):
+    """Stands for whatever ends a process between two updates."""
+
+
+class DiesAt:
+    """Rows that end the run at an update."""
+
+    fingerprint = "rows"
+
+    def __init__(self, last: int) -> None:
+        self.last = last
+
+    def __call__(self, batch_size):
+        return X[:batch_size]
+
+    def at(self, iteration, batch_size):
+        if iteration == self.last:
+            raise Killed
+        return X[(11 * iteration) % 100 :][:batch_size]
+
+
+def test_a_compiled_run_resumes_bit_for_bit(tmp_path):
+    options = dict(OPTIONS, ema_decay=0.9, compile=True)
+    model, guide = pair()
+    whole = fit(model, guide, annealed(), DiesAt(99), 12, **options)
+    expected = state(model, guide)
+    model, guide = pair()
+    file = dict(checkpoint=tmp_path / "run.pt", checkpoint_every=5)
+    with pytest.raises(Killed):
+        fit(model, guide, annealed(), DiesAt(7), 12, **options, **file)
+    model, guide = pair()
+    history = fit(model, guide, annealed(), DiesAt(99), 12, **options, **file, resume=True)
+    assert history.loss == whole.loss
+    assert torch.equal(state(model, guide), expected)
+    with pytest.raises(ValueError, match="its compile is True, this call's is False"):
+        fit(
+            model,
+            guide,
+            annealed(),
+            DiesAt(99),
+            12,
+            **options | file | dict(compile=False, resume=True),
+        )
+
+
+def test_programs_have_their_own_parameters_afterwards():
+    model, guide = pair()
+    parameters = list(model.parameters())
+    fit(model, guide, annealed(), X, 3, **OPTIONS, compile=True)
+    assert all(a is b for a, b in zip(parameters, model.parameters(), strict=True))
+    for p in [*model.parameters(), *guide.parameters()]:
+        assert p.untyped_storage().size() == 4 * p.numel()
+    assert model.decoder._compiled_call_impl is None
+
+
+# -------------------------------------------------------------------------- numbers that end
+
+
+class Explodes(Program):
+    """A prior whose scale leaves the numbers when its parameter passes a line."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.raw = nn.Parameter(torch.tensor(0.0))
+
+    def forward(self, batch: Any) -> Any:
+        return dist.Normal(torch.zeros(2), (1 + 0 * self.raw) * self.limit(batch)).to_event(1)
+
+    def limit(self, batch: Any) -> Any:
+        return torch.where((batch.x_0 == 2).all(), torch.nan, 1.0)
+
+
+def test_a_loss_that_is_no_number_leaves_the_weights_as_they_were(tmp_path):
+    class Poisoned(DiesAt):
+        def at(self, iteration, batch_size):
+            rows = super().at(iteration, batch_size)
+            return torch.full_like(rows, 2) if iteration == 4 else rows
+
+    torch.manual_seed(0)
+    decoder = MLPDecoder(PROCESS, 2, hidden_dim=16, num_layers=2, embedding_dim=4)
+    encoder = MLPEncoder(PROCESS, 2, hidden_dim=16, num_layers=2, embedding_dim=4)
+    model, guide = models.VADD(decoder, Explodes()), guides.AmortizedNormal(encoder)
+    options = dict(OPTIONS, checkpoint=tmp_path / "run.pt", checkpoint_every=2, compile=True)
+    with pytest.raises(NonFiniteLossError, match=r"nan at iteration 4: its KL term"):
+        fit(
+            model,
+            guide,
+            MaskedDiffusionELBO(PROCESS),
+            Poisoned(99),
+            9,
+            **options,
+        )
+    assert state(model, guide).isfinite().all()
+
+
+# ------------------------------------------------------------------------------ why it cannot
+
+
+class Odd(Program):
+    """A prior that does what a graph cannot hold."""
+
+    def __init__(self, what: str) -> None:
+        super().__init__()
+        self.what = what
+        self.loc = nn.Parameter(torch.zeros(2))
+        self.register_buffer("count", torch.zeros(()))
+
+    def forward(self, batch: Any) -> Any:
+        shift = 0.0
+        if self.what == "values" and float(batch.t.mean()) > 0.5:
+            shift = 0.1
+        if self.what == "numpy":
+            shift = 0.1 * np.random.rand()
+        if self.what == "buffers":
+            self.count += 1
+        if self.what == "store":
+            shift = pyro.param("shift", torch.zeros(2))
+        return dist.Normal(self.loc + shift, torch.ones(2)).to_event(1)
+
+
+REASONS = {
+    "values": "look at the values|RuntimeError",
+    "numpy": "random numbers from Python or NumPy",
+    "buffers": "change the buffers .*count",
+    "store": "held by Pyro's store alone",
+}
+
+
+def odd(what: str) -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    decoder = MLPDecoder(PROCESS, 2, hidden_dim=16, num_layers=2, embedding_dim=4)
+    encoder = MLPEncoder(PROCESS, 2, hidden_dim=16, num_layers=2, embedding_dim=4)
+    return models.VADD(decoder, Odd(what)), guides.AmortizedNormal(encoder)
+
+
+@pytest.mark.parametrize("what", REASONS)
+def test_what_is_no_graph_has_its_networks_compiled_and_a_line_says_why(what, monkeypatch):
+    # By the compiler of torch that compiles nothing, to save time.
+    original = nn.Module.compile
+    compiled = []
+
+    def compile_(self):
+        compiled.append(type(self).__name__)
+        original(self, backend="eager")
+
+    monkeypatch.setattr(nn.Module, "compile", compile_)
+    found = []
+    for use in (False, True):
+        pyro.clear_param_store()
+        np.random.seed(0)
+        model, guide = odd(what)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(model, guide, annealed(), X, 5, **OPTIONS, compile=use)
+        found.append(state(model, guide))
+        lines = [str(w.message) for w in caught if w.category is RuntimeWarning]
+        assert len(lines) == use
+    assert compiled == ["MLPDecoder", "MLPEncoder"]
+    assert re.search(f"2 networks alone are compiled: .*{REASONS[what]}", lines[0])
+    assert (found[0] - found[1]).abs().max() < 1e-4
+    assert model.decoder._compiled_call_impl is None
+    # Looking at the programs leaves no trace in them; training counts its updates, and a first
+    # look that fit takes in any case.
+    assert model.prior.count == (6 if what == "buffers" else 0)
+
+
+def test_rows_that_share_work_are_counted_at_run_time(monkeypatch):
+    # Codes are summed out once for all rows that look alike, which saves more than a graph would.
+    original = nn.Module.compile
+    monkeypatch.setattr(nn.Module, "compile", lambda self: original(self, backend="eager"))
+    model, guide = pair("categorical")
+    with pytest.warns(RuntimeWarning, match=r"alone are compiled: the shape .*unique"):
+        fit(model, guide, annealed(), X, 3, **OPTIONS, compile=True)
+
+
+def test_without_a_compiler_nothing_is_compiled_and_a_line_says_so(monkeypatch):
+    def fails(*args: Any, **kwargs: Any) -> Any:
+        raise RuntimeError("no C++ compiler\nwas found")
+
+    monkeypatch.setattr(torch._inductor, "compile", fails)
+    monkeypatch.setattr(nn.Module, "compile", fails)
+    model, guide = pair()
+    with pytest.warns(RuntimeWarning, match="nor are networks compiled .*no C.. compiler"):
+        fit(model, guide, annealed(), X, 3, **OPTIONS, compile=True)
+
+
+@pytest.mark.parametrize(
+    ("loss", "message"),
+    [
+        (
+            lambda: TracedLoss(annealed(), lambda batch: None, pair()[1]),
+            "model is a plain function",
+        ),
+        (
+            lambda: TracedLoss(
+                annealed(num_particles=2, importance_weighted=True, doubly_reparameterized=True),
+                *pair(),
+            ),
+            "run the guide twice",
+        ),
+    ],
+)
+def test_losses_that_are_refused_by_name(loss, message):
+    with pytest.raises(NotOneGraphError, match=message):
+        loss()
+
+
+def test_a_graph_that_says_something_else_is_refused(monkeypatch):
+    # As if the compiler had made a mistake in the seventh digit, and in the second one.
+    compile_graph = graphs_module.compile_graph
+    for factor, wrong in ((1 + 1e-6, False), (1.02, True)):
+
+        def faulty(graph, inputs, factor=factor):
+            run = compile_graph(graph, inputs)
+
+            def call(*values):
+                result, *others = run(*values)
+                return (result * torch.tensor([factor, 1.0, 1.0]), *others)
+
+            return call
+
+        monkeypatch.setattr("vadd_pyro.compiled.update.compile_graph", faulty)
+        model, guide = pair()
+        loss = TracedLoss(annealed(), model, guide)
+        adam = torch.optim.Adam([*model.parameters(), *guide.parameters()])
+        if wrong:
+            before = state(model, guide)
+            with pytest.raises(NotOneGraphError, match=r"its loss is .* where the programs give"):
+                Update(loss, adam, None, 1.0, X[:32], 0.5)
+            assert torch.equal(state(model, guide), before)
+            assert not adam.state
+        else:
+            Update(loss, adam, None, 1.0, X[:32], 0.5)
+
+
+# ---------------------------------------------------------------------------------- its parts
+
+
+def test_the_layout_is_a_round_trip():
+    values = {
+        "a": torch.randn(3, 5),
+        "b": torch.randn(()),
+        "c": torch.randn(16),
+        "d": torch.randn(2),
+    }
+    layout = Layout(values)
+    vector = layout.joined(list(values.values()))
+    assert vector.shape == (layout.size,)
+    views = layout.views(vector)
+    assert all(torch.equal(views[name], value) for name, value in values.items())
+    assert all(start % 16 == 0 for start in layout.starts.values())
+    assert vector.count_nonzero() == sum(v.numel() for v in values.values())
+    with pytest.raises(NotOneGraphError, match="one precision"):
+        Layout({"a": torch.zeros(1), "b": torch.zeros(1, dtype=torch.double)})
+
+
+def test_silent_networks_are_the_largest_without_statements():
+    class Guide(Program):
+        def __init__(self):
+            super().__init__()
+            self.first = nn.Sequential(nn.Linear(4, 4), nn.Linear(4, 2))
+            self.other = nn.ModuleList([nn.Linear(4, 2), nn.Linear(4, 2)])
+
+        def forward(self, batch):
+            x = batch.x_0.float()
+            with pyro.plate("data", len(x), dim=-1):
+                pyro.sample("z", dist.Normal(self.first(x) + self.other[0](x), 1.0).to_event(1))
+
+    guide = Guide()
+    batch = PROCESS.corrupt(X[:5], 0.5)
+    found = silent_networks([guide], lambda: guide(batch))
+    assert found == [guide.first, guide.other[0]]
+
+
+# ------------------------------------------------------------------------------ the module form
+
+
+def test_the_module_form_has_the_same_loss_and_gradient():
+    model, guide = pair()
+    elbo = annealed()
+    loss_of = elbo(model, guide)
+    compiled = CompiledLoss(loss_of)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        for iteration in range(3):
+            elbo.iteration = iteration
+            results = []
+            for call in (loss_of, compiled):
+                torch.manual_seed(iteration)
+                elbo.iteration = iteration
+                loss = 3 * call(X[:16])
+                compiled.zero_grad()
+                loss.backward()
+                assert elbo.iteration == iteration + 1
+                gradient = torch.cat([p.grad.flatten() for p in compiled.parameters()])
+                results.append((loss.item(), gradient))
+            assert results[0][0] == pytest.approx(results[1][0], rel=1e-5)
+            assert torch.allclose(results[0][1], results[1][1], atol=1e-4)
+    with torch.no_grad():
+        torch.manual_seed(5)
+        alone = loss_of(X[:16])
+        torch.manual_seed(5)
+        assert torch.equal(compiled(X[:16]), alone)
+
+
+def test_the_module_form_says_why_it_runs_uncompiled_and_takes_no_other_loss():
+    model, guide = odd("values")
+    compiled = CompiledLoss(annealed()(model, guide))
+    with pytest.warns(RuntimeWarning, match="the loss runs uncompiled: "):
+        compiled(X[:8]).backward()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert compiled(X[:8]).isfinite()
+    with pytest.raises(TypeError, match="loss must be elbo"):
+        CompiledLoss(model)
