@@ -35,8 +35,7 @@ References:
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -182,7 +181,6 @@ class MaskedDiffusionELBO(ELBO):
         self.iteration = 0
         self._checked: tuple[Any, Any] | None = None
         self._known_guide: Any = None
-        self._told_kl_weight: Tensor | None = None
 
     # ------------------------------------------------------------------ pieces
 
@@ -192,21 +190,9 @@ class MaskedDiffusionELBO(ELBO):
             self.kl_weight(self.iteration) if callable(self.kl_weight) else self.kl_weight
         )
 
-    @contextmanager
-    def told_kl_weight(self, value: Tensor) -> Iterator[None]:
-        """Weigh the KL by a tensor, a scalar, instead of ``kl_weight``.
-
-        For losses that are traced: a graph would hold a number as it was.
-        """
-        self._told_kl_weight = value
-        try:
-            yield
-        finally:
-            self._told_kl_weight = None
-
-    def _kl_weight(self) -> float | Tensor:
-        told = self._told_kl_weight
-        return self.current_kl_weight() if told is None else told
+    def _kl_weight(self) -> Any:
+        # As a tensor it is an input of a graph that is being traced, and has no value yet.
+        return self.kl_weight if isinstance(self.kl_weight, Tensor) else self.current_kl_weight()
 
     def draw(self, x_0: Tensor, *, check: bool | None = None) -> MaskedBatch:
         """Draw times and masks for clean rows, with the row weights of the objective.

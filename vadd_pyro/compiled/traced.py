@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -48,10 +49,10 @@ class _Programs(nn.Module):
     def forward(self, x_0: Tensor, kl_weight: Tensor | None, half: bool) -> LossTerms:
         elbo, model, guide = self._pair
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            if kl_weight is None:
-                return elbo.terms(model, guide, x_0)
-            with elbo.told_kl_weight(kl_weight):
-                return elbo.terms(model, guide, x_0)
+            if kl_weight is not None:
+                elbo = copy.copy(elbo)
+                elbo.kl_weight = kl_weight
+            return elbo.terms(model, guide, x_0)
 
 
 class TracedLoss:
