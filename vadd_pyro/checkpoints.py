@@ -241,21 +241,27 @@ def check_space(path: str | Path, size: int, num_saves: int) -> None:
     Raises:
         CheckpointWriteError: with the bytes needed and those that are free.
     """
+    if num_saves < 1:
+        return
     path = Path(path)
     disk = shutil.disk_usage(path.parent)
-    held = sum(file.stat().st_size for file in (path, previous_of(path)) if file.exists())
-    copies = min(num_saves, 3)
-    needed = copies * size - held
+    held = [file.stat().st_size for file in (path, previous_of(path)) if file.exists()]
+    copies = 1 + min(len(held) + num_saves - 1, 2)
+    needed = copies * size - sum(held)
     if disk.total and disk.free < needed:  # some file systems tell no numbers
         raise CheckpointWriteError(
-            f"{path} would find no space: a checkpoint takes about {_megabytes(size)}, up to "
-            f"{copies} stand on the disk at once, and {_megabytes(needed)} more are needed, but "
-            f"{_megabytes(disk.free)} are free there"
+            f"{path} would find no space: a checkpoint takes about {_told(size)}, up to {copies} "
+            f"stand on the disk at once, and {_told(needed)} more are needed, but "
+            f"{_told(disk.free)} are free there"
         )
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.1f} MB"
+def _told(size: float) -> str:
+    for unit in ("bytes", "kB", "MB"):
+        if size < 1000:
+            return f"{size:.3g} {unit}"
+        size /= 1000
+    return f"{size:.3g} GB"
 
 
 def load_checkpoint(path: str | Path, map_location: Any = "cpu") -> dict[str, Any]:
