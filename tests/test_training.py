@@ -25,8 +25,9 @@ from vadd_pyro import (
     log_likelihood_bound,
     metrics,
 )
+from vadd_pyro.batches import Batches
 from vadd_pyro.checkpoints import load_checkpoint, save_checkpoint
-from vadd_pyro.trainer import Batches, scheduled_rate
+from vadd_pyro.rates import scheduled_rate
 
 PROCESS = MaskingProcess(2, 3)
 X = data.tied_bits(3).sample(300)

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import math
 import time
-import warnings
 from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
+from vadd_pyro.batches import Batches
 from vadd_pyro.checkpoints import (
     CheckpointWriteError,
     load_checkpoint,
@@ -26,16 +25,15 @@ from vadd_pyro.checkpoints import (
     restore_random_state,
     save_checkpoint,
 )
-from vadd_pyro.compiled import NotOneGraphError, Update
-from vadd_pyro.compiled.graphs import first_line
-from vadd_pyro.compiled.networks import compiled_networks, silent_networks
-from vadd_pyro.compiled.traced import TracedLoss
+from vadd_pyro.compiled import Update, compile_updates
 from vadd_pyro.elbo import LossTerms, MaskedDiffusionELBO
 from vadd_pyro.finite import NonFiniteLossError, blame_loss, clip_gradient, not_finite
+from vadd_pyro.history import History
 from vadd_pyro.monitor import Monitor
+from vadd_pyro.rates import scheduled_rate
 from vadd_pyro.weights import NamedParameters, Weights
 
-__all__ = ["Batches", "History", "NonFiniteLossError", "Run", "scheduled_rate"]
+__all__ = ["Run"]
 
 _SMOOTHING = 0.98
 _LATENT_COLUMNS = ("kl_per_dimension", "active_units", "mutual_information", "share_at_prior")
@@ -45,85 +43,6 @@ _PARTS = (
 )
 # Bytes of a checkpoint: each tensor's header, an entry of the history, names and random states.
 _HEADER, _ENTRY, _BESIDE = 300, 100, 50_000
-
-
-@dataclass
-class History:
-    """What happened during a run, one entry per logged iteration, and what became of the latents,
-    one entry per look at them (:func:`vadd_pyro.latent_statistics`).
-
-    Args:
-        iteration: number of updates done.
-        loss: mean loss per row since the entry before, nats.
-        kl: the KL part of it before ``lambda``, nats per row.
-        kl_weight: ``lambda``.
-        learning_rate: step size.
-        seconds: training time so far, over all resumed parts.
-        monitor_iteration: number of updates done at each look at the latents.
-        kl_per_dimension, active_units, mutual_information, share_at_prior: what was seen, as in
-            :class:`vadd_pyro.LatentStatistics`; of the weights then, not of their average.
-    """
-
-    iteration: list[int] = field(default_factory=list)
-    loss: list[float] = field(default_factory=list)
-    kl: list[float] = field(default_factory=list)
-    kl_weight: list[float] = field(default_factory=list)
-    learning_rate: list[float] = field(default_factory=list)
-    seconds: list[float] = field(default_factory=list)
-    monitor_iteration: list[int] = field(default_factory=list)
-    kl_per_dimension: list[list[float]] = field(default_factory=list)
-    active_units: list[int] = field(default_factory=list)
-    mutual_information: list[float | None] = field(default_factory=list)
-    share_at_prior: list[float | None] = field(default_factory=list)
-
-    def to_dict(self) -> dict[str, list[Any]]:
-        """Columns by name."""
-        return {name: list(getattr(self, name)) for name in self.__dataclass_fields__}
-
-
-class Batches:
-    """Rows in a new random order every epoch, a function of the seed and the iteration alone."""
-
-    def __init__(self, data: Tensor, batch_size: int, seed: int, device: torch.device) -> None:
-        self.data = data.to(device)
-        self.batch_size = batch_size
-        self.seed = seed
-        self._epoch = -1
-        self._order = torch.empty(0, dtype=torch.long)
-
-    def _rows(self, epoch: int) -> Tensor:
-        if epoch != self._epoch:
-            generator = torch.Generator().manual_seed(self.seed * 1_000_003 + epoch)
-            self._order = torch.randperm(len(self.data), generator=generator).to(self.data.device)
-            self._epoch = epoch
-        return self._order
-
-    def __call__(self, iteration: int) -> Tensor:
-        epoch, start = divmod(iteration * self.batch_size, len(self.data))
-        pieces, missing = [], self.batch_size
-        while missing:
-            piece = self._rows(epoch)[start : start + missing]
-            pieces.append(piece)
-            missing -= len(piece)
-            epoch, start = epoch + 1, 0
-        rows = pieces[0] if len(pieces) == 1 else torch.cat(pieces)
-        return self.data[rows]
-
-
-def scheduled_rate(
-    iteration: int, base: float, warmup: int, num_iterations: int, decay: str, final: float
-) -> float:
-    """Step size before update ``iteration`` (from 0).
-
-    Linear warm-up, then constant, cosine or linear to ``final * base``.
-    """
-    if iteration < warmup:
-        return base * (iteration + 1) / warmup
-    if decay == "constant":
-        return base
-    progress = (iteration - warmup) / max(1, num_iterations - warmup)
-    share = 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1 - progress
-    return base * (final + (1 - final) * share)
 
 
 class Run:
@@ -275,73 +194,20 @@ class Run:
         return value, terms.kl.item() / len(x_0)
 
     def compile(self, stack: ExitStack) -> None:
-        """Compile the updates, as far as the programs allow it, until ``stack`` is closed.
-
-        Anything less than whole updates is said in a warning.
-        """
-        first = self.batches(self.iteration)
+        """Compile the updates, as far as the programs allow it, until ``stack`` is closed."""
         self.elbo.iteration = self.iteration
-        random, buffers = random_state(), [buffer.clone() for buffer in self._buffers]
-
-        def put_back() -> None:
-            restore_random_state(random)
-            for buffer, value in zip(self._buffers, buffers, strict=True):
-                buffer.copy_(value)
-
-        half = self.configuration.get("precision") == "bfloat16"
-        try:
-            self.update = self._graph(first, half)
-            stack.callback(self.update.release)
-            return
-        except NotOneGraphError as error:
-            reason = str(error)
-        finally:
-            put_back()
-        kept = stack.enter_context(ExitStack())
-        try:
-            networks = self._compile_networks(first, kept)
-            kind = f"{networks} networks alone are compiled"
-        except Exception as error:  # of many kinds: the compiler fails, or there is none
-            kept.close()
-            kind = f"nor are networks compiled ({first_line(error)})"
-        finally:
-            put_back()
-        warnings.warn(
-            f"an update cannot be one compiled graph, {kind}: {reason}",
-            RuntimeWarning,
-            stacklevel=3,
+        self.update = compile_updates(
+            self.elbo,
+            self.model,
+            self.guide,
+            self.batches(self.iteration),
+            optimizer=self.optimizer,
+            average=self.average,
+            parameters=self.parameters,
+            clip_norm=self.configuration["clip_norm"],
+            half=self.configuration.get("precision") == "bfloat16",
+            stack=stack,
         )
-
-    def _compile_networks(self, x_0: Tensor, stack: ExitStack) -> int:
-        """Compile the networks, and try them; how many there are."""
-
-        def call() -> None:
-            with pyro.validation_enabled(False), self.autocast(x_0.device):
-                self.elbo.terms(self.model, self.guide, x_0).loss.backward()
-            self.optimizer.zero_grad(set_to_none=True)
-
-        networks = silent_networks(list(self.weights.modules.values()), call)
-        stack.enter_context(compiled_networks(networks))
-        call()
-        return len(networks)
-
-    def _graph(self, x_0: Tensor, half: bool) -> Update:
-        loss = TracedLoss(self.elbo, self.model, self.guide, half)
-        if {id(p) for p in self.parameters} != {id(p) for p in loss.parameters.values()}:
-            raise NotOneGraphError("some parameters are held by Pyro's store alone")
-        averages = None
-        if self.average is not None:
-            own = {id(p): a for p, a in zip(self.parameters, self.average, strict=True)}
-            averages = {name: own[id(p)] for name, p in loss.parameters.items()}
-        clip = self.configuration["clip_norm"]
-        weight = self.elbo.current_kl_weight()
-        update = Update(loss, self.optimizer, averages, clip, x_0, weight)
-        if update.average is not None and self.average is not None:
-            shared = {id(update.parameters[name]): a for name, a in update.average.items()}
-            self.average = [
-                shared.get(id(p), a) for p, a in zip(self.parameters, self.average, strict=True)
-            ]
-        return update
 
     def _differentiate(self, x_0: Tensor) -> tuple[LossTerms, float]:
         """Clipped gradient of the mean loss, the terms of its sum, and its value; all finite."""

@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
+from vadd_pyro.batches import Batches
 from vadd_pyro.checkpoints import (
     CheckpointWriteError,
     check_space,
@@ -30,12 +31,14 @@ from vadd_pyro.checkpoints import (
     restore_random_state,
 )
 from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.finite import NonFiniteLossError
+from vadd_pyro.history import History
 from vadd_pyro.interruption import Interrupted, StopRequest
 from vadd_pyro.locks import locked
 from vadd_pyro.monitor import Monitor
 from vadd_pyro.process import check_size
 from vadd_pyro.programs import check_store, kept_modes
-from vadd_pyro.trainer import Batches, History, NonFiniteLossError, Run
+from vadd_pyro.trainer import Run
 from vadd_pyro.weights import Weights
 
 __all__ = ["History", "NonFiniteLossError", "fit", "fit_guide"]

@@ -6,8 +6,9 @@ pass and the optimiser's included, and what is written down is compiled. The Pyr
 those of the one run that was traced.
 """
 
+from vadd_pyro.compiled.choice import compile_updates
 from vadd_pyro.compiled.graphs import NotOneGraphError
 from vadd_pyro.compiled.loss import CompiledLoss
 from vadd_pyro.compiled.update import Update
 
-__all__ = ["CompiledLoss", "NotOneGraphError", "Update"]
+__all__ = ["CompiledLoss", "NotOneGraphError", "Update", "compile_updates"]

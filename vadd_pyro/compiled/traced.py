@@ -51,7 +51,7 @@ class _Programs(nn.Module):
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
             if kl_weight is not None:
                 elbo = copy.copy(elbo)
-                elbo.kl_weight = kl_weight
+                elbo.kl_weight = kl_weight  # type: ignore[assignment]
             return elbo.terms(model, guide, x_0)
 
 

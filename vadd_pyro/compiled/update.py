@@ -247,9 +247,9 @@ class Update:
                     state[moment] = own[name]
 
     @property
-    def average(self) -> dict[str, Tensor] | None:
-        """Averages of the weights by name, as views."""
-        return self.layout.views(self.vectors[-1]) if self._averaged else None
+    def average(self) -> dict[str, Tensor]:
+        """Averages of the weights by name, as views; none without averages."""
+        return self.layout.views(self.vectors[-1]) if self._averaged else {}
 
     def flush(self) -> None:
         """Tell the optimiser how many steps were made, before it is saved or steps by itself."""
