@@ -27,6 +27,7 @@ from vadd_pyro import (
 )
 from vadd_pyro.compiled import NotOneGraphError, Update
 from vadd_pyro.compiled import graphs as graphs_module
+from vadd_pyro.compiled import products
 from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.networks import silent_networks
 from vadd_pyro.compiled.traced import TracedLoss
@@ -425,6 +426,46 @@ def test_silent_networks_are_the_largest_without_statements():
     batch = PROCESS.corrupt(X[:5], 0.5)
     found = silent_networks([guide], lambda: guide(batch))
     assert found == [guide.first, guide.other[0]]
+
+
+@pytest.mark.skipif(not products.has_onednn(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("faster", [False, True])
+def test_products_go_where_they_are_faster_and_stay_the_same(faster, monkeypatch):
+    def function(x, w, b):
+        h = torch.addmm(b, x, w.t())
+        small = h[:4, :4] @ h[:4, :4]
+        return h @ w, h.t() @ x, small
+
+    inputs = torch.randn(200, 130), torch.randn(150, 130), torch.randn(150)
+    seconds = []
+
+    def measured(call):
+        call()
+        # Calls take turns, the usual one first.
+        seconds.append(1.0 if len(seconds) % 2 == 0 else 1.0 - 0.1 * faster)
+        return seconds[-1]
+
+    monkeypatch.setattr(products, "_seconds", measured)
+    graph = graphs_module.capture(function, inputs)
+    decisions = products.choose_products(graph)
+    assert list(decisions.values()) == [faster] * 3  # the small one is not asked about
+    assert len(seconds) == 3 * 2 * products._ROUNDS
+    used = graph.graph.find_nodes(op="call_function", target=torch.ops.vadd_pyro.linear.default)
+    assert len(used) == 3 * faster
+    for found, expected in zip(graph(*inputs), function(*inputs), strict=True):
+        assert torch.allclose(found, expected, atol=1e-3)
+    # A resumed run does as it did, whatever would be measured now.
+    again = graphs_module.capture(function, inputs)
+    first = next(iter(decisions))
+    told = {**decisions, first: not faster}
+    assert products.choose_products(again, told) == told
+    assert len(seconds) == 3 * 2 * products._ROUNDS
+
+
+def test_without_onednn_products_stay(monkeypatch):
+    monkeypatch.setattr(products, "has_onednn", lambda: False)
+    graph = graphs_module.capture(lambda x: (x @ x,), [torch.randn(200, 200)])
+    assert products.choose_products(graph) == {}
 
 
 # ------------------------------------------------------------------------------ the module form

@@ -70,6 +70,7 @@ class Run:
         self.elapsed = 0.0
         self.average: list[Tensor] | None = None
         self.update: Update | None = None
+        self._products: dict[str, bool] | None = None
         self.saved: tuple[Path, int] | None = None  # the newest checkpoint and its iteration
         self._since: list[tuple[float, float]] = []
         self._mark = time.perf_counter()
@@ -206,6 +207,7 @@ class Run:
             parameters=self.parameters,
             clip_norm=self.configuration["clip_norm"],
             half=self.configuration.get("precision") == "bfloat16",
+            products=self._products,
             stack=stack,
         )
 
@@ -321,6 +323,8 @@ class Run:
             "smooth": [self.smooth_loss, self.smooth_kl],
             "elapsed": self.elapsed,
         }
+        if self.update is not None:
+            content["products"] = self.update.products
         try:
             save_checkpoint(path, content, keep_previous=True)
         except CheckpointWriteError as error:
@@ -353,6 +357,7 @@ class Run:
         self._since = [(float(loss), float(kl)) for loss, kl in content["since"]]
         self.smooth_loss, self.smooth_kl = content["smooth"]
         self.elapsed = content["elapsed"]
+        self._products = content.get("products")
         self.saved = path, self.iteration
         restore_random_state(content["random"])
 

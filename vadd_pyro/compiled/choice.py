@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -33,6 +33,7 @@ def compile_updates(
     average: list[Tensor] | None,
     clip_norm: float | None,
     half: bool,
+    products: Mapping[str, bool] | None,
     stack: ExitStack,
 ) -> Update | None:
     """Compile updates as far as the programs allow it.
@@ -48,6 +49,7 @@ def compile_updates(
         average: their averages, in the same order; those that the updates keep take their places.
         clip_norm: largest norm of the gradient.
         half: run the programs in bfloat16 under autocast.
+        products: decisions of an earlier run of it, as in :class:`Update`.
         stack: undoes all of it when it is closed.
 
     Returns:
@@ -55,9 +57,8 @@ def compile_updates(
     """
     with _left_alone(model, guide):
         try:
-            update = _whole(
-                elbo, model, guide, x_0, optimizer, parameters, average, clip_norm, half
-            )
+            loss = TracedLoss(elbo, model, guide, half)
+            update = _whole(loss, x_0, optimizer, parameters, average, clip_norm, products)
             stack.callback(update.release)
             return update
         except NotOneGraphError as error:
@@ -92,24 +93,22 @@ def _left_alone(*programs: Any) -> Iterator[None]:
 
 
 def _whole(
-    elbo: MaskedDiffusionELBO,
-    model: Any,
-    guide: Any,
+    loss: TracedLoss,
     x_0: Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[Tensor],
     average: list[Tensor] | None,
     clip_norm: float | None,
-    half: bool,
+    products: Mapping[str, bool] | None,
 ) -> Update:
-    loss = TracedLoss(elbo, model, guide, half)
     if {id(p) for p in parameters} != {id(p) for p in loss.parameters.values()}:
         raise NotOneGraphError("some parameters are held by Pyro's store alone")
     averages = None
     if average is not None:
         own = {id(p): a for p, a in zip(parameters, average, strict=True)}
         averages = {name: own[id(p)] for name, p in loss.parameters.items()}
-    update = Update(loss, optimizer, averages, clip_norm, x_0, elbo.current_kl_weight())
+    weight = loss.elbo.current_kl_weight()
+    update = Update(loss, optimizer, averages, clip_norm, x_0, weight, products)
     if average is not None:
         kept = {id(update.parameters[name]): a for name, a in update.average.items()}
         average[:] = [kept.get(id(p), a) for p, a in zip(parameters, average, strict=True)]

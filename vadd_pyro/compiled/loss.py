@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
+from vadd_pyro.compiled.products import choose_products
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
 from vadd_pyro.elbo import MaskedDiffusionELBO
 
@@ -97,7 +98,7 @@ class _Call:
     """The graph for one shape of rows."""
 
     def __init__(self, loss: TracedLoss, reference: Differentiated, x_0: Tensor) -> None:
-        self.elbo = loss.programs._pair[0]
+        self.elbo = loss.elbo
         self.parameters = {n: loss.parameters[n] for n in reference.gradients}
         names = list(self.parameters)
 
@@ -111,6 +112,7 @@ class _Call:
         inputs, random = self._inputs(x_0), random_state()
         with pyro.validation_enabled(False):
             graph = capture(traced, inputs)
+        choose_products(graph)
         self.graph = compile_graph(graph, inputs)
         restore_random_state(random)
         check_agreement(lambda: self._differentiated(x_0), reference, loss.tolerance)

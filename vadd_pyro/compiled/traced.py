@@ -80,6 +80,7 @@ class TracedLoss:
             raise NotOneGraphError(
                 "doubly reparameterised gradients run the guide twice on the same random numbers"
             )
+        self.elbo = elbo
         found = [module for program in (model, guide) for module in modules_of(program)]
         self.modules = list({id(module): module for module in found}.values())
         self.programs = _Programs(elbo, model, guide, self.modules)

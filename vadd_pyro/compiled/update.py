@@ -26,6 +26,7 @@ from torch import Tensor
 from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
 from vadd_pyro.compiled.layout import Layout
+from vadd_pyro.compiled.products import choose_products
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
 
 __all__ = ["Update", "UpdateResult"]
@@ -64,6 +65,8 @@ class Update:
         clip_norm: largest norm of the gradient; None does not clip.
         x_0: rows as every update will be given, ``(B, D)``.
         kl_weight: ``lambda`` at which the graph is compared with the programs.
+        products: which library computes which product, as an earlier run of it has decided
+            (:mod:`vadd_pyro.compiled.products`); None measures. The decisions are in ``products``.
 
     Raises:
         NotOneGraphError: saying why there is no such graph; nothing has been changed then.
@@ -77,6 +80,7 @@ class Update:
         clip_norm: float | None,
         x_0: Tensor,
         kl_weight: float,
+        products: Mapping[str, bool] | None = None,
     ) -> None:
         self.optimizer = optimizer
         self.fused = _is_plain_adam(optimizer)
@@ -110,6 +114,7 @@ class Update:
         inputs = [*self.vectors, self._numbers(kl_weight, [0.0] * len(self._groups), 1.0), x_0]
         with pyro.validation_enabled(False):
             graph = capture(self._traced, inputs)
+        self.products = choose_products(graph, products)
         self._graph = compile_graph(graph, inputs)
         restore_random_state(random)
         check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
