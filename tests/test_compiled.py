@@ -25,9 +25,8 @@ from vadd_pyro import (
     guides,
     models,
 )
-from vadd_pyro.compiled import NotOneGraphError, Update
+from vadd_pyro.compiled import NotOneGraphError, Update, products
 from vadd_pyro.compiled import graphs as graphs_module
-from vadd_pyro.compiled import products
 from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.networks import silent_networks
 from vadd_pyro.compiled.traced import TracedLoss

@@ -80,11 +80,14 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModu
     try:
         with _torch_draws_alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return make_fx(function, tracing_mode="real")(*examples)
+            graph: GraphModule = make_fx(function, tracing_mode="real")(*examples)
     except NotOneGraphError:
         raise
     except Exception as error:
         raise NotOneGraphError(_reason(error)) from error
+    for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta.setdefault("val", value)
+    return graph
 
 
 def _reason(error: Exception) -> str:

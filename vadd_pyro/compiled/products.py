@@ -57,7 +57,10 @@ def _parts(node: Node) -> tuple[Node | None, Node, Node] | None:
         parts = args
     else:
         return None
-    values = [part.meta["val"] for part in parts if part is not None]
+    present = [part for part in parts if part is not None]
+    if any("val" not in part.meta for part in present):  # a constant
+        return None
+    values = [part.meta["val"] for part in present]
     plain = all(v.dtype == torch.float32 and v.device.type == "cpu" for v in values)
     if not plain or (parts[0] is not None and values[0].dim() != 1):
         return None
@@ -131,6 +134,7 @@ def choose_products(
                 weight = graph.graph.call_function(torch.ops.aten.t.default, (b,))
                 linear = torch.ops.vadd_pyro.linear.default
                 product = graph.graph.call_function(linear, (a, weight, bias))
+            product.meta = dict(node.meta)
             node.replace_all_uses_with(product)
             graph.graph.erase_node(node)
     graph.recompile()
