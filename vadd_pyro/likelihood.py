@@ -37,16 +37,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.densities import score
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
 from vadd_pyro.programs import evaluation
-from vadd_pyro.recorder import Recorder
+from vadd_pyro.recorder import Recorder, run
 from vadd_pyro.sampling import device_of, seeded
 from vadd_pyro.sites import data_plate, is_row_site
 
@@ -289,6 +291,7 @@ def chain_objective(
     probe = process.corrupt(x_0[:1], 1.0)
     inferred, generated = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
     _check_model(generated)
+    _check_blind(model, process, probe, inferred, args)
     if all(site.observed for site in inferred.sites.values()):
         num_particles = 1  # every latent is summed out: particles would all be the same
     elbo = MaskedDiffusionELBO(
@@ -318,4 +321,30 @@ def _check_model(model: Recorder) -> None:
             raise ValueError(
                 f"the latent {name!r} stands outside the data plate: log p_T does not split into "
                 "rows"
+            )
+
+
+def _check_blind(
+    model: Callable[..., Any],
+    process: MaskingProcess,
+    probe: MaskedBatch,
+    guide: Recorder,
+    args: tuple[Any, ...],
+) -> None:
+    """Refuse models that look at clean tokens behind the mask: a sampler has none there."""
+    assert probe.x_0 is not None
+    other = replace(probe, x_0=(probe.x_0 + 1) % process.vocab_size)
+    random = random_state()
+    sites = []
+    for batch in (probe, other):
+        restore_random_state(random)
+        recorder = Recorder(guide.latent_values(), lambda msg: True, guide.next_dim)
+        sites.append(run(model, recorder, batch, *args).sites)
+    for name, site in sites[0].items():
+        told = sites[1][name].fn.log_prob(site.value)
+        if not torch.allclose(site.fn.log_prob(site.value), told, 1e-4, 1e-4, equal_nan=True):
+            raise ValueError(
+                f"the law of the model's site {name!r} depends on batch.x_0 at masked positions, "
+                "which a sampler does not know: what it scores is no bound on log p_T(x_0); read "
+                "batch.x_t instead"
             )
