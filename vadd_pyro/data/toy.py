@@ -17,8 +17,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.special import ndtr
-from sklearn.datasets import make_swiss_roll
 from torch import Tensor
 
 from vadd_pyro.data.base import TokenDistribution
@@ -97,6 +95,8 @@ def _protocol_edges(vocab_size: int) -> np.ndarray:
 
 def _smoothed(points: Points, weights: np.ndarray, sd: float, edges: np.ndarray) -> np.ndarray:
     """Bin probabilities of centres ``(m, 2)`` with weights, each with normal noise ``sd``."""
+    from scipy.special import ndtr
+
     factors = []
     for axis in range(2):
         cdf = ndtr((edges[None, :] - points[:, axis : axis + 1]) / sd)
@@ -146,6 +146,8 @@ def checkerboard(vocab_size: int = 100) -> ToyDensity:
 
 def _roll(sd: float, divisor: float, name: str, edges: np.ndarray) -> ToyDensity:
     def draw(n: int, rng: np.random.Generator) -> Points:
+        from sklearn.datasets import make_swiss_roll
+
         points, _ = make_swiss_roll(n, noise=sd, random_state=int(rng.integers(2**31)))
         return points[:, [0, 2]] / divisor
 
