@@ -22,7 +22,7 @@ PACKAGE = ROOT / "vadd_pyro"
 
 # Each module may import those before it, and nothing else of the package.
 LAYERS = [
-    {"_version", "schedules"},
+    {"_version", "names", "schedules"},
     {"process"},
     {"times", "distributions", "recorder", "programs", "checkpoints", "metrics", "nn", "plotting"},
     {"sites", "data", "models", "guides", "weights"},
