@@ -145,17 +145,19 @@ def checkerboard(vocab_size: int = 100) -> ToyDensity:
 
 
 def _roll(sd: float, divisor: float, name: str, edges: np.ndarray) -> ToyDensity:
-    def draw(n: int, rng: np.random.Generator) -> Points:
-        from sklearn.datasets import make_swiss_roll
-
-        points, _ = make_swiss_roll(n, noise=sd, random_state=int(rng.integers(2**31)))
-        return points[:, [0, 2]] / divisor
-
-    def curve(u: np.ndarray) -> Points:
+    def spiral(u: np.ndarray) -> Points:
         angle = 1.5 * np.pi * (1 + 2 * u)
-        return np.stack([angle * np.cos(angle), angle * np.sin(angle)], -1) / divisor
+        return np.stack([angle * np.cos(angle), angle * np.sin(angle)], -1)
 
-    return _noisy_curve(name, edges, curve, sd / divisor, draw)
+    def draw(n: int, rng: np.random.Generator) -> Points:
+        # Number for number what make_swiss_roll draws (place along the spiral, width of the roll,
+        # noise of all three coordinates), without the second that importing scikit-learn takes.
+        state = np.random.RandomState(int(rng.integers(2**31)))
+        u, _ = state.uniform(size=(2, n))
+        noise = state.standard_normal(size=(3, n))[[0, 2]]
+        return (spiral(u) + sd * noise.T) / divisor
+
+    return _noisy_curve(name, edges, lambda u: spiral(u) / divisor, sd / divisor, draw)
 
 
 def swiss_roll(vocab_size: int = 100) -> ToyDensity:
