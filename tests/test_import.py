@@ -160,6 +160,8 @@ def test_public_names_are_those_of_their_modules(name):
 def test_modules_are_reached_as_attributes_and_listed():
     assert vadd_pyro.schedules is sys.modules["vadd_pyro.schedules"]
     assert {"elbo", "schedules", "zoo", "cli"} <= set(dir(vadd_pyro))
+    for name in dir(vadd_pyro):
+        assert hasattr(vadd_pyro, name), name
 
 
 def test_unknown_names_are_refused():
@@ -183,7 +185,6 @@ def test_a_module_that_lacks_a_library_says_which(monkeypatch):
 
 def test_names_without_torch_are_those_of_the_things_they_name():
     assert set(names.TOYS) == set(data.TOYS)
-    assert names.KNOWN_LAWS == data.NAMES
     assert {data.named(name, 10).length for name in names.KNOWN_LAWS} == {2, 4, 6}
     assert set(names.BACKBONES) == set(NETWORKS)
     assert {name: tuple(own) for name, own in experiments.PRESETS.items()} == names.PRESETS
@@ -204,8 +205,6 @@ def test_every_name_is_built_and_every_guide_fits_some_prior():
         assert zoo.times_named(name)
     for name in names.OBJECTIVES:
         assert zoo.objective(name, "balanced", process, 9)
-    for table in ("PRIORS", "GUIDES", "OBJECTIVES", "TIMES"):
-        assert getattr(zoo, table) is getattr(names, table)
 
 
 # ---------------------------------------------------------------------------------- the benchmark
