@@ -107,7 +107,8 @@ class Run:
         if self.configuration["ema_decay"] is not None:
             self.average = [parameter.detach().clone() for parameter in parameters]
         self.configuration["optimizer"] = type(self.optimizer).__name__
-        self._buffers = self.weights.buffers()
+        self._buffers = self._moving = self.weights.buffers()
+        self._moving_known = False
         for module in self.weights.modules.values():
             # A module that is held fixed is not trained in its batch statistics either.
             module.train(any(p.requires_grad for p in module.parameters()))
@@ -174,14 +175,18 @@ class Run:
 
     def _eager_step(self, x_0: Tensor) -> tuple[float, float]:
         """One update by the programs as they are: loss and KL of a row."""
-        buffers = [buffer.clone() for buffer in self._buffers]
+        before = [buffer.clone() for buffer in self._moving]
         try:
             terms, value = self._differentiate(x_0)
         except NonFiniteLossError:
-            for buffer, kept in zip(self._buffers, buffers, strict=True):
+            for buffer, kept in zip(self._moving, before, strict=True):
                 buffer.copy_(kept)
             self._check_weights()  # theirs is the blame if they are no numbers
             raise
+        if not self._moving_known:  # most buffers are constants, which need no copy
+            both = zip(self._moving, before, strict=True)
+            self._moving = [buffer for buffer, kept in both if not torch.equal(buffer, kept)]
+            self._moving_known = True
         if self.update is not None:
             self.update.flush()
         self.optimizer.step()
