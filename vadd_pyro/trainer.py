@@ -86,6 +86,7 @@ class Run:
             first = self.batches(0)
             with self.autocast(first.device):
                 self.elbo.loss(self.model, self.guide, first)
+        self._first = first
         self.weights.add_from_store(parameters_seen.found)
         restore_random_state(state)
         if self.monitor is not None:
@@ -206,7 +207,7 @@ class Run:
             self.elbo,
             self.model,
             self.guide,
-            self.batches(self.iteration),
+            self._first,
             optimizer=self.optimizer,
             average=self.average,
             parameters=self.parameters,

@@ -63,6 +63,8 @@ def compile_updates(
             return update
         except NotOneGraphError as error:
             reason = str(error)
+        except Exception as error:  # whatever it is, the programs themselves do without a graph
+            reason = first_line(error)
     inner = stack.enter_context(ExitStack())
     with _left_alone(model, guide):
         try:

@@ -87,6 +87,8 @@ class Update:
         self.clip_norm = clip_norm
         self.shape = x_0.shape
         self._loss = loss
+        loss.check_hooks()
+        x_0 = x_0.contiguous()
         random = random_state()
         reference = loss.eager(x_0, kl_weight)
         names = {id(p): name for name, p in loss.parameters.items()}
@@ -118,6 +120,14 @@ class Update:
         self._graph = compile_graph(graph, inputs)
         restore_random_state(random)
         check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
+        # Again on other rows and random numbers and much later, for what the trace has frozen.
+        rows = (x_0.flip(0) + 1) % loss.elbo.process.vocab_size
+        with loss.later():
+            random_then = random_state()
+            reference = loss.eager(rows, kl_weight)
+            restore_random_state(random_then)
+            inputs[-1] = rows
+            check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
         restore_random_state(random)
         self._attach()
 
@@ -205,7 +215,7 @@ class Update:
             # Both moments of all groups have the same beta in practice; each is undone by its own.
             gradient = self.layout.joined(self._undone(inputs[1], copies[1]))
         if self.clip_norm is not None:
-            gradient = gradient * (result[2] / self.clip_norm).clamp_min(1.0)
+            gradient = gradient * ((result[2] + 1e-6) / self.clip_norm).clamp_min(1.0)
         return Differentiated(result[0], result[1], self.layout.views(gradient))
 
     def _undone(self, before: Tensor, after: Tensor) -> list[Tensor]:
@@ -263,8 +273,8 @@ class Update:
                 self.optimizer.state[parameter]["step"].fill_(self.steps)
 
     def refresh(self) -> None:
-        """Take note of steps that the optimiser made by itself."""
-        self.steps = self._read_steps()
+        """Take note of a step that the optimiser made by itself."""
+        self.steps += 1
 
     def release(self) -> None:
         """Give the parameters storage of their own."""
@@ -286,6 +296,7 @@ class Update:
             kl_weight: ``lambda``.
             average: weight of the new values in their average.
         """
+        x_0 = x_0.contiguous()
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         numbers = self._numbers(kl_weight, rates, average)
         if self.fused:
@@ -309,6 +320,8 @@ class Update:
 def _is_plain_adam(optimizer: torch.optim.Optimizer) -> bool:
     """Whether it is Adam or AdamW without options that the graph does not know."""
     if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
+        return False
+    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
         return False
     odd = ("amsgrad", "maximize", "differentiable", "capturable")
     return not any(group.get(name) for group in optimizer.param_groups for name in odd)
