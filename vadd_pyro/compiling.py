@@ -37,6 +37,7 @@ class _Compiled:
         except Exception as error:
             result = self.plain(*args, **kwargs)  # where an error of the network's own comes out
             self.fast = None
+            error = getattr(error, "inner_exception", error)  # what the compiler met
             reason = next(iter(str(error).strip().splitlines()), "")
             warnings.warn(f"compile has no effect: {type(error).__name__}: {reason}", stacklevel=2)
             return result
@@ -53,13 +54,15 @@ def compiled(model: Callable[..., Any], how: bool | str) -> Iterator[None]:
 
     Raises:
         TypeError: if ``how`` is neither.
-        ValueError: if the program has no such attribute.
+        ValueError: for an unknown backend, or a program without such an attribute.
     """
     if not isinstance(how, bool | str):
         raise TypeError(f"compile must be True, False or the name of a backend, got {how!r}")
     if how is False:
         yield
         return
+    if isinstance(how, str) and how not in (known := torch.compiler.list_backends(())):
+        raise ValueError(f"compile must be True or one of {', '.join(known)}, got {how!r}")
     parts = [part for part in _parts(model) if part._compiled_call_impl is None]
     for part in parts:
         part._compiled_call_impl = _Compiled(part, "inductor" if how is True else how)

@@ -176,7 +176,8 @@ class Decoder(nn.Module):
         return x_t.unique(dim=0, return_inverse=True)
 
     def _drops(self) -> bool:
-        return self.training and any(m.p > 0 for m in self.modules() if isinstance(m, nn.Dropout))
+        dropouts = (m for m in self.modules() if isinstance(m, nn.Dropout))
+        return any(m.training and m.p > 0 for m in dropouts)
 
 
 def _rows(

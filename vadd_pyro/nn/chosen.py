@@ -88,7 +88,9 @@ def _products(weight: Tensor, h: Tensor, index: Tensor) -> Tensor:
     length, columns, width = weight.shape
     column = index % length
     if columns > 1:
-        column = (column.unsqueeze(-1) * columns + torch.arange(columns)).view(-1)
+        column = (
+            column.unsqueeze(-1) * columns + torch.arange(columns, device=column.device)
+        ).view(-1)
     starts = row_starts(index, len(h), length) * columns
     every = weight.reshape(length * columns, width)
     shape = (len(h), len(every))
@@ -103,4 +105,4 @@ def _allow_sparse() -> None:
     """Torch says once a process that its sparse tensors may still change."""
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1))
+        torch.sparse_csr_tensor([0, 1], [0], [1.0], (1, 1), device="cpu")

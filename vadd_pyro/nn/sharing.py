@@ -22,8 +22,8 @@ _BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 @functools.lru_cache(maxsize=64)
 def _factors(length: int, device: torch.device) -> Tensor:
     """Fixed random numbers of 63 bits."""
-    generator = torch.Generator().manual_seed(length)
-    return torch.randint(2**63 - 1, (length,), generator=generator).to(device)
+    generator = torch.Generator("cpu").manual_seed(length)
+    return torch.randint(2**63 - 1, (length,), generator=generator, device="cpu").to(device)
 
 
 def _keys(values: tuple[Tensor, ...]) -> Tensor:

@@ -40,4 +40,4 @@ def may_shorten(layer: nn.Linear, num_rows: int) -> bool:
 
 def row_starts(index: Tensor, num_rows: int, length: int) -> Tensor:
     """Where the entries of each row begin in an increasing index into ``B D``, ``(B + 1,)``."""
-    return torch.searchsorted(index, length * torch.arange(num_rows + 1))
+    return torch.searchsorted(index, length * torch.arange(num_rows + 1, device=index.device))
