@@ -54,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
             if key not in given and key not in self._seen:
                 size = storage.nbytes()
                 self._seen.add(key)
-                weakref.finalize(storage, self._free, key, size)
+                weakref.finalize(storage, self._free, key, size).atexit = False
                 self.now += size
                 self.peak = max(self.peak, self.now)
         return result
