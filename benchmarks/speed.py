@@ -1,10 +1,12 @@
-"""Training step and sampling pass against hand-written PyTorch, in the same run.
+"""A training step against hand-written PyTorch, in the same run.
 
 Networks and arithmetic are equal on both sides; variants take turns, and what is printed is the
 ratio of medians over the rounds. The step compiled, and the same in NumPyro where that is
 installed, take part. Usage:
 
     python benchmarks/speed.py [--sizes tiny,toy256] [--rounds 30] [--threads 1] [--json FILE]
+
+Sampling has a benchmark of its own, ``sampling.py``.
 """
 
 from __future__ import annotations
@@ -13,47 +15,23 @@ import argparse
 import copy
 import json
 import platform
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
 import torch
+from common import SIZES, Size, medians
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models, sample
+from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models
 from vadd_pyro.compiled import Update
 from vadd_pyro.compiled.traced import TracedLoss
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
 
-
-class Size(NamedTuple):
-    """One line of the table."""
-
-    length: int
-    vocab_size: int
-    batch_size: int
-    hidden_dim: int
-    embedding_dim: int
-    latent_dim: int
-    steps: int  # training steps per timed round
-    network: str = "mlp"
-    sample_rows: int = 1000
-
-
-SIZES = {
-    "tiny": Size(2, 8, 32, 16, 4, 2, 60, sample_rows=1000),
-    "toy256": Size(2, 100, 256, 256, 32, 2, 12, sample_rows=10_000),
-    "toy1024": Size(2, 100, 1024, 256, 32, 2, 4, sample_rows=10_000),
-    "bin64": Size(64, 2, 256, 256, 4, 16, 10),
-    "bin784": Size(784, 2, 256, 256, 4, 16, 4),
-    "text": Size(64, 64, 64, 128, 128, 16, 1, "transformer", 64),
-}
 TARGETS = {  # eager: ordinary user model, the package's own distributions; compiled
     "tiny": (1.7, None, 0.25),
     "toy256": (1.12, 1.07, 0.55),
@@ -107,12 +85,9 @@ class TextEncoder(nn.Module):
 def networks(size: Size, process: MaskingProcess) -> tuple[nn.Module, nn.Module]:
     if size.network == "transformer":
         return TextDecoder(size), TextEncoder(size)
-    shape: dict[str, Any] = dict(
-        hidden_dim=size.hidden_dim, num_layers=3, embedding_dim=size.embedding_dim
-    )
     return (
-        MLPDecoder(process, size.latent_dim, **shape),
-        MLPEncoder(process, size.latent_dim, **shape),
+        MLPDecoder(process, size.latent_dim, **size.mlp),
+        MLPEncoder(process, size.latent_dim, **size.mlp),
     )
 
 
@@ -201,21 +176,6 @@ def ours(
     return step
 
 
-def medians(variants: dict[str, Callable[[], Any]], repeats: int, rounds: int) -> dict[str, float]:
-    """Median seconds per call of each variant, over alternated rounds."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    for call in variants.values():
-        for _ in range(max(2, repeats // 4)):
-            call()
-    for _ in range(rounds):
-        for name, call in variants.items():
-            start = time.perf_counter()
-            for _ in range(repeats):
-                call()
-            times[name].append((time.perf_counter() - start) / repeats)
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def compiled(
     model: nn.Module, guide: nn.Module, process: MaskingProcess, x_0: Tensor
 ) -> Callable[[], Any]:
@@ -260,37 +220,6 @@ def time_training(name: str, rounds: int) -> dict[str, float]:
     return medians(variants, size.steps, rounds)
 
 
-def naive_sampler(size: Size, decoder: nn.Module, rows: int, num_steps: int) -> Tensor:
-    """Gumbel noise over all positions of all rows, at every step."""
-    x = torch.full((rows, size.length), size.vocab_size)
-    for i in range(num_steps, 0, -1):
-        t, s = i / num_steps, (i - 1) / num_steps
-        z = torch.randn(rows, size.latent_dim)
-        logits = decoder(x, z, torch.full((rows,), t))
-        noise = -torch.log(-torch.log(torch.rand_like(logits).clamp_min(1e-20)))
-        drawn = (logits + noise).argmax(-1)
-        reveal = (x == size.vocab_size) & (torch.rand(x.shape) < (t - s) / t)
-        x = torch.where(reveal, drawn, x)
-    return x
-
-
-def time_sampling(name: str, num_steps: int, rounds: int) -> dict[str, float]:
-    size = SIZES[name]
-    process = MaskingProcess(size.vocab_size, size.length)
-    torch.manual_seed(0)
-    decoder, _ = networks(size, process)
-    model = models.VADD(decoder, models.StandardNormal(size.latent_dim))
-    with torch.no_grad():
-        return medians(
-            {
-                "naive": lambda: naive_sampler(size, decoder, size.sample_rows, num_steps),
-                "package": lambda: sample(model, process, size.sample_rows, num_steps),
-            },
-            1,
-            max(3, rounds // 4),
-        )
-
-
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
     parser.add_argument("--sizes", default=",".join(SIZES), help="which sizes, by comma")
@@ -306,7 +235,6 @@ def main() -> int:
         "threads": arguments.threads,
         "rounds": arguments.rounds,
         "training": {},
-        "sampling": {},
     }
     print(
         f"{'training step':<14} {'yardstick ms':>13} {'user model':>11} {'target':>7} "
@@ -325,16 +253,6 @@ def main() -> int:
                 f"{seconds['compiled'] / base:>9.3f} {targets[2]:>7} {other}",
                 flush=True,
             )
-        print(f"\n{'sampling':<14} {'steps':>6} {'naive ms':>9} {'package':>8}")
-        for name in names:
-            for num_steps in (1, 10):
-                seconds = time_sampling(name, num_steps, arguments.rounds)
-                results["sampling"][f"{name}/{num_steps}"] = seconds
-                print(
-                    f"{name:<14} {num_steps:>6} {1e3 * seconds['naive']:>9.2f} "
-                    f"{seconds['package'] / seconds['naive']:>8.3f}",
-                    flush=True,
-                )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -59,6 +59,9 @@ class VADD(Program):
 
     def _tokens(self, batch: MaskedBatch, z: Tensor) -> TokenCategorical:
         """The law of the tokens; where a support is laid out for all rows, equal rows share it."""
+        law = _law_to_draw(self.decoder, batch, z)
+        if law is not None:
+            return law
         # Only decoders that say so are known to treat dimension -2 as that of rows.
         shared_states = getattr(self.decoder, "shared_states", None)
         shared = None if shared_states is None else shared_states(batch.x_t, z)
@@ -86,5 +89,16 @@ class MDM(Program):
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         with pyro.plate("data", len(batch), dim=-1):
-            logits = self.decoder(batch.x_t, None, batch.t)
-            return pyro.sample("x_0", TokenCategorical(logits, batch.target), obs=batch.x_0)
+            law = _law_to_draw(self.decoder, batch, None)
+            if law is None:
+                law = TokenCategorical(self.decoder(batch.x_t, None, batch.t), batch.target)
+            return pyro.sample("x_0", law, obs=batch.x_0)
+
+
+def _law_to_draw(
+    decoder: Callable[..., Tensor], batch: MaskedBatch, z: Tensor | None
+) -> TokenCategorical | None:
+    """The law of tokens to be drawn, by a decoder that can wait to be told their positions."""
+    deferred = getattr(decoder, "deferred", None)
+    found = None if deferred is None or batch.x_0 is not None else deferred(batch.x_t, z, batch.t)
+    return None if found is None else TokenCategorical(found[0], batch.target, found[1])

@@ -5,8 +5,17 @@ import pyro.distributions as dist
 import pytest
 import torch
 from conftest import PRIORS, small_pair
+from scipy.stats import chisquare
 
-from vadd_pyro import MaskingProcess, TokenCategorical, metrics, models, sample
+from vadd_pyro import (
+    MaskedBatch,
+    MaskingProcess,
+    TokenCategorical,
+    exact_distribution,
+    metrics,
+    models,
+    sample,
+)
 from vadd_pyro.nn import MLPDecoder
 
 PROCESS = MaskingProcess(3, 3)
@@ -208,6 +217,76 @@ def test_pieces_do_not_change_the_law():
     whole = metrics.histogram(sample(model, PROCESS, 40_000, 2, seed=1), 3)
     pieces = metrics.histogram(sample(model, PROCESS, 40_000, 2, seed=1, batch_size=999), 3)
     assert metrics.total_variation(whole, pieces) < 0.02
+    law = exact_distribution(model, PROCESS, 2)
+    for rows in (whole, pieces):
+        counts = (rows * 40_000).flatten().numpy()
+        assert chisquare(counts, (law / law.sum() * 40_000).flatten().numpy()).pvalue > 1e-3
+
+
+def test_what_a_program_is_shown_is_never_written_to():
+    model, _ = small_pair("categorical", PROCESS)
+    shown = []
+
+    def watching(batch):
+        for name in ("x_t", "t", "masked", "target"):
+            value = getattr(batch, name)
+            shown.append((value, value.clone()))
+        drawn = model(batch)
+        shown.append((drawn, drawn.clone()))
+
+    x_start = torch.tensor([[3, 1, 3], [0, 3, 3]])
+    before = x_start.clone()
+    for options in (
+        dict(),
+        dict(latent="partial"),
+        dict(remask=0.7),
+        dict(order="confidence"),
+        dict(x_start=x_start),
+    ):
+        for num_steps in (1, 3, 8):
+            sample(watching, PROCESS, 20, num_steps, seed=0, **options)
+    assert len(shown) > 100
+    assert all(torch.equal(value, copy) for value, copy in shown)
+    assert torch.equal(x_start, before)
+
+
+def test_a_draw_has_tokens_where_they_are_revealed():
+    # What comes after the tokens in a program of one's own sees tokens only.
+    seen = []
+
+    def program(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            law = TokenCategorical(torch.zeros(len(batch), 3, 3), batch.target)
+            x = pyro.sample("x_0", law, obs=batch.x_0)
+            seen.append((x, batch))
+            return x
+
+    x = sample(program, PROCESS, 50, 2, seed=0)
+    assert ((x >= 0) & (x < 3)).all()
+    for drawn, _ in seen:
+        assert ((drawn >= 0) & (drawn < 3)).all()
+    final = (
+        torch.where(seen[0][1].target, seen[0][0], 0).sum()
+        + torch.where(seen[1][1].target, seen[1][0], 0).sum()
+    )
+    assert final == x.sum()
+
+
+def test_every_step_of_every_row_gives_the_same_law():
+    # The long way: all rows through all steps, and all tokens drawn, as the formula reads.
+    model, _ = small_pair("mixture_of_normals", PROCESS, spread=4.0)
+    law = exact_distribution(model, PROCESS, 3).flatten()
+    x = torch.full((30_000, 3), PROCESS.mask_id)
+    with torch.no_grad():
+        for i in (3, 2, 1):
+            masked = x == PROCESS.mask_id
+            t = torch.full((len(x),), i / 3)
+            drawn = model(MaskedBatch(x, t, masked, masked))
+            x = torch.where(masked & (torch.rand(x.shape) < 1 / i), drawn, x)
+    for rows in (x, sample(model, PROCESS, 30_000, 3, seed=0)):
+        counts = metrics.histogram(rows, 3).flatten() * len(rows)
+        expected = (law / law.sum() * len(rows)).numpy()
+        assert chisquare(counts.numpy(), expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize(
@@ -220,6 +299,8 @@ def test_pieces_do_not_change_the_law():
         ),
         (dict(num_steps=2, num_samples=0), "num_samples must be an integer of at least 1"),
         (dict(num_steps=2, batch_size=0), "batch_size must be an integer of at least 1"),
+        (dict(num_steps=2, max_bytes=0), "max_bytes must be an integer of at least 1, got 0"),
+        (dict(num_steps=2, compile="fast"), "compile must be True or one of .*, got 'fast'"),
         (dict(num_steps=2, t_start=0.5), "x_start, which is missing"),
         (dict(num_steps=2, x_start=torch.tensor([0, 1, 4])), r"x_start\[0, 2\] is 4.*mask id 3"),
         (dict(num_steps=2, x_start=torch.tensor([0, 1])), r"x_start must have shape"),

@@ -28,12 +28,14 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vadd_pyro.distributions import check_vocabulary, draw_categorical, token_logits
+from vadd_pyro.batching import check_batches, rows_at_once
+from vadd_pyro.distributions import draw_categorical
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
 from vadd_pyro.programs import evaluation
-from vadd_pyro.recorder import Recorder, run
+from vadd_pyro.recorder import Site, run
 from vadd_pyro.sampling import device_of, seeded
 from vadd_pyro.sites import data_plate, is_row_site
+from vadd_pyro.stepping import Generator
 
 __all__ = ["Infilling", "infill"]
 
@@ -65,7 +67,8 @@ def infill(
     resample_below: float = 0.5,
     time_grid: Tensor | None = None,
     seed: int | None = None,
-    batch_size: int = 16384,
+    batch_size: int | None = None,
+    max_bytes: int | None = None,
     args: tuple[Any, ...] = (),
 ) -> Infilling:
     """Complete partly observed rows by the conditional of the T-step sampler's joint law.
@@ -82,7 +85,8 @@ def infill(
             drawn anew. 0 never does.
         time_grid: a grid of your own, ``(T + 1,)``.
         seed: seed of this call; None draws on torch's global state.
-        batch_size: chains per network call.
+        batch_size, max_bytes: chains per network call and memory that it may take, as in
+            :func:`vadd_pyro.sample`.
         args: further arguments of the program, the same for all rows.
 
     Returns:
@@ -93,7 +97,7 @@ def infill(
     """
     check_size("num_samples", num_samples)
     check_size("num_particles", num_particles, least=2)
-    check_size("batch_size", batch_size)
+    check_batches(batch_size, max_bytes)
     if not 0 <= resample_below <= 1:
         raise ValueError(f"resample_below must be a share in [0, 1], got {resample_below!r}")
     grid = make_time_grid(num_steps, time_grid)
@@ -101,11 +105,47 @@ def infill(
     rows = x_start.unsqueeze(0) if x_start.dim() == 1 else x_start
     given = process.check_tokens(rows, "x_start", masks=True).to(device_of(model))
     with seeded(seed), evaluation(model):
-        chains = _Chains(model, process, given, num_particles, batch_size, args)
+        size = rows_at_once(
+            model,
+            process,
+            len(given) * num_particles,
+            batch_size,
+            max_bytes,
+            given.device,
+            args,
+        )
+        chains = _Chains(model, process, given, num_particles, size, args)
         for step in range(len(grid) - 1, 0, -1):
             chains.advance(grid, step)
             chains.resample(resample_below)
         return chains.completions(num_samples)
+
+
+class _Filler(Generator):
+    """Draws tokens at open positions, and writes and pays for those that were observed.
+
+    Args:
+        batch, vocab_size: as for any generator.
+        given: the rows with what was observed, ``(B, D)``.
+    """
+
+    def __init__(self, batch: MaskedBatch, vocab_size: int, given: Tensor) -> None:
+        super().__init__(batch, vocab_size)
+        self.given = given
+        self.paid = torch.zeros(len(batch), dtype=torch.double, device=given.device)
+
+    def tokens_from(self, logits: Tensor, index: Tensor | None) -> Tensor:
+        """Tokens ``(n,)`` of chosen positions."""
+        tokens = self.given.reshape(-1)
+        row = torch.arange(len(tokens), device=tokens.device) if index is None else index
+        row = row.div(self.given.shape[1], rounding_mode="floor")
+        tokens = tokens.clone() if index is None else tokens.index_select(0, index)
+        is_open = tokens == self.vocab_size
+        seen = tokens[~is_open]
+        log_mu = logits[~is_open].double().log_softmax(-1)
+        self.paid.index_add_(0, row[~is_open], log_mu.gather(-1, seen.unsqueeze(-1)).squeeze(-1))
+        tokens[is_open] = draw_categorical(logits[is_open])
+        return tokens
 
 
 class _Chains:
@@ -123,7 +163,6 @@ class _Chains:
         self.model, self.process, self.args = model, process, args
         self.num_rows, self.num_particles, self.batch_size = len(given), num_particles, batch_size
         self.given = given.repeat_interleave(num_particles, 0)
-        self.observed = self.given != process.mask_id
         self.x = torch.full_like(self.given, process.mask_id)
         shape = (self.num_rows, num_particles)
         self.log_weight = torch.zeros(shape, dtype=torch.double, device=given.device)
@@ -145,18 +184,13 @@ class _Chains:
         for rows in moving.split(self.batch_size):
             t = torch.full((len(rows),), float(grid[step]), device=self.x.device)
             batch = MaskedBatch(self.x[rows], t, masked[rows], target[rows])
-            logits = self._logits(batch)
-            seen = target[rows] & self.observed[rows]
-            log_mu = logits.double().log_softmax(-1)
-            token = self.given[rows].masked_fill(~seen, 0).unsqueeze(-1)
-            paid = log_mu.gather(-1, token).squeeze(-1).masked_fill(~seen, 0.0).sum(-1)
-            log_weight[rows] += paid
-            drawn = torch.where(seen, self.given[rows], draw_categorical(logits))
-            self.x[rows] = torch.where(target[rows], drawn, self.x[rows])
+            filler = _Filler(batch, self.process.vocab_size, self.given[rows])
+            self._check(run(self.model, filler, batch, *self.args).sites, batch)
+            log_weight[rows] += filler.paid
+            self.x[rows] = filler.x
 
-    def _logits(self, batch: MaskedBatch) -> Tensor:
-        """Logits ``(B, D, K)`` under latents of the prior."""
-        sites = run(self.model, Recorder(), batch, *self.args).sites
+    def _check(self, sites: dict[str, Site], batch: MaskedBatch) -> None:
+        """Check that a program's latents belong to rows."""
         if "x_0" not in sites:
             raise ValueError(f"the model has no site 'x_0'; it has {sorted(sites)}")
         plate = data_plate(sites["x_0"])
@@ -166,9 +200,6 @@ class _Chains:
                     f"the latent {name!r} stands outside the data plate: the chains of a row "
                     "would share it; condition it"
                 )
-        logits = token_logits(sites["x_0"].fn)
-        check_vocabulary(logits, self.process.vocab_size)
-        return logits.expand(*batch.x_t.shape, logits.shape[-1])
 
     def _effective(self) -> Tensor:
         """Effective number of each row's particles, ``(N,)``."""

@@ -27,6 +27,8 @@ from vadd_pyro.schedules import LinearSchedule, Schedule
 
 __all__ = ["MaskedBatch", "MaskingProcess", "make_time_grid"]
 
+_FEW_EDGES = 16  # are passed over one by one, which is faster than to search them
+
 
 @dataclass(frozen=True)
 class MaskedBatch:
@@ -255,11 +257,18 @@ class MaskingProcess:
             shape: ``(B, D)``.
             grid: ``(T + 1,)`` shared by all rows, or ``(B, T + 1)``.
         """
+        if grid.shape[-1] == 2:
+            return torch.ones(shape, dtype=torch.long, device=device)
         edges = 1 - self.schedule.alpha(grid.to(device))
         last = edges[..., -1:]
         u = torch.rand(shape, device=device, dtype=edges.dtype) * last
         inner = edges[..., 1:-1].contiguous()
-        return torch.searchsorted(inner, u, right=True) + 1
+        if inner.dim() > 1 or len(inner) > _FEW_EDGES:
+            return torch.searchsorted(inner, u, right=True) + 1
+        steps = torch.ones(shape, dtype=torch.uint8, device=device)
+        for edge in inner:
+            steps += u >= edge
+        return steps.long()
 
     def step_batch(
         self, x_0: Tensor, steps: Tensor, step: Tensor | int, grid: Tensor

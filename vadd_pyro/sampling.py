@@ -22,19 +22,19 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
-from typing import Any, NamedTuple
+from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from vadd_pyro.distributions import check_vocabulary, draw_categorical, token_logits
-from vadd_pyro.orders import Order, Pick, Plan, check_order, make_plan
-from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
+from vadd_pyro.batching import check_batches, rows_at_once
+from vadd_pyro.compiling import compiled
+from vadd_pyro.orders import Order, Plan, check_order, make_plan
+from vadd_pyro.process import MaskingProcess, check_size, make_time_grid
 from vadd_pyro.programs import evaluation, modules_of
-from vadd_pyro.recorder import Recorder, Site
-from vadd_pyro.sites import data_plate, is_row_site
-from vadd_pyro.tempering import Tempering, check_temperature
+from vadd_pyro.stepping import Latents, Rows
+from vadd_pyro.tempering import check_temperature
 
 __all__ = ["sample", "seeded"]
 
@@ -60,153 +60,6 @@ def device_of(program: Any, default: torch.device | None = None) -> torch.device
         for tensor in (*module.parameters(), *module.buffers()):
             return tensor.device
     return torch.empty(0).device if default is None else default
-
-
-class _Generator(Recorder):
-    """Runs a program forward and draws its tokens only where they are wanted.
-
-    Args:
-        batch: what the program is run on; its targets are wanted, unless ``pick`` says otherwise.
-        vocab_size: ``K``.
-        replay: values of latents drawn before.
-        redraw: rows that draw their latents anew, ``(B,)`` bool, and the names of those; None
-            keeps what ``replay`` has.
-        pick: chooses the positions to reveal once the logits are known.
-    """
-
-    def __init__(
-        self,
-        batch: MaskedBatch,
-        vocab_size: int,
-        replay: dict[str, Tensor],
-        redraw: tuple[Tensor, set[str]] | None,
-        pick: Pick | None,
-    ) -> None:
-        super().__init__(replay)
-        self.batch = batch
-        self.wanted = batch.target
-        self.vocab_size = vocab_size
-        self.redraw = redraw
-        self.pick = pick
-        self.tokens: Tensor | None = None
-
-    def _process_message(self, msg: Any) -> None:
-        if msg["type"] == "sample" and msg["name"] == "x_0":
-            if msg["value"] is None and not msg["done"]:
-                msg["value"] = self._draw(token_logits(msg["fn"]))
-                msg["done"] = True
-            self.tokens = msg["value"]
-            return
-        super()._process_message(msg)
-        if self.redraw is not None and msg["type"] == "sample" and not msg["is_observed"]:
-            rows, names = self.redraw
-            if msg["name"] in names:
-                where = rows.reshape((-1,) + (1,) * len(msg["fn"].event_shape))
-                msg["value"] = torch.where(where, msg["fn"](), msg["value"])
-
-    def _draw(self, logits: Tensor) -> Tensor:
-        """Tokens ``(B, D)``; where few are wanted, only those are drawn."""
-        check_vocabulary(logits, self.vocab_size)
-        logits = logits.expand(self.wanted.shape + logits.shape[-1:])
-        if self.pick is not None:
-            drawn, self.wanted = self.pick(logits, self.batch)
-            if drawn is not None:
-                return drawn
-        wanted = self.wanted
-        if 2 * int(wanted.sum()) > wanted.numel():
-            return draw_categorical(logits)
-        tokens = torch.zeros(wanted.shape, dtype=torch.long, device=wanted.device)
-        tokens[wanted] = draw_categorical(logits[wanted])
-        return tokens
-
-
-class _Latents(NamedTuple):
-    """What becomes of latents from step to step.
-
-    Args:
-        refresh: probability that a row draws its latents anew; 1 is fresh, 0 shared.
-        temperature: of the latents' distributions.
-        common: values of latents outside the data plate, drawn once for all.
-    """
-
-    refresh: float
-    temperature: float
-    common: dict[str, Tensor]
-
-
-class _Rows:
-    """A chunk of rows on its way from masks to tokens, with the latents that it keeps.
-
-    Args:
-        model: a step program.
-        process: its forward process.
-        x: rows, ``(B, D)``, as they start.
-        latents: see :class:`_Latents`.
-        args: further arguments of the program.
-    """
-
-    def __init__(
-        self,
-        model: Callable[..., Any],
-        process: MaskingProcess,
-        x: Tensor,
-        latents: _Latents,
-        args: tuple[Any, ...],
-    ) -> None:
-        self.model = model
-        self.process = process
-        self.x = x.clone()
-        self.masked = x == process.mask_id
-        self.latents = latents
-        self.args = args
-        self.kept: dict[str, tuple[Tensor, int]] = {}  # values, and the dimension of their rows
-        # Drawn where the chain starts, even in rows in which the first step reveals nothing.
-        self.starting = latents.refresh < 1 and bool(self.masked.any())
-
-    def advance(self, rows: Tensor, t: Tensor, target: Tensor, pick: Pick | None = None) -> None:
-        """Take some rows through one step.
-
-        Args:
-            rows: which, an index tensor ``(n,)``.
-            t: their times, ``(n,)``.
-            target: positions to reveal, ``(n, D)`` bool; with ``pick``, those it may choose from.
-            pick: chooses positions once the logits are known.
-        """
-        replay = {name: value.index_select(dim, rows) for name, (value, dim) in self.kept.items()}
-        redraw = None
-        if replay and self.latents.refresh > 0:
-            chosen = torch.rand(len(rows), device=rows.device) < self.latents.refresh
-            redraw = (chosen, set(replay))
-        batch = MaskedBatch(self.x[rows], t, self.masked[rows], target)
-        temperature = self.latents.temperature
-        generator = _Generator(
-            batch, self.process.vocab_size, {**self.latents.common, **replay}, redraw, pick
-        )
-        with generator, nullcontext() if temperature == 1 else Tempering(temperature):
-            self.model(batch, *self.args)
-        if generator.tokens is None:
-            raise ValueError(
-                "the model has no site 'x_0' to generate tokens with; it has "
-                f"{sorted(generator.sites)}"
-            )
-        self._keep(generator.sites, rows, redraw is not None)
-        self.x[rows] = torch.where(generator.wanted, generator.tokens, batch.x_t)
-        self.masked[rows] = batch.masked & ~generator.wanted
-
-    def _keep(self, sites: dict[str, Site], rows: Tensor, redrawn: bool) -> None:
-        """Hold on to the values of latents that later steps use again."""
-        plate = data_plate(sites["x_0"])
-        for name, site in sites.items():
-            if name == "x_0" or site.observed:
-                continue
-            if not is_row_site(site, plate, len(rows)):
-                self.latents.common.setdefault(name, site.value)
-            elif redrawn and name in self.kept:
-                value, dim = self.kept[name]
-                value.index_copy_(dim, rows, site.value)
-            elif self.starting:
-                self.kept[name] = (site.value.clone(), -1 - site.fn.event_dim)
-        self.starting = False
 
 
 def start_state(
@@ -251,7 +104,9 @@ def sample(
     x_start: Tensor | None = None,
     t_start: Tensor | float | None = None,
     seed: int | None = None,
-    batch_size: int = 16384,
+    batch_size: int | None = None,
+    max_bytes: int | None = None,
+    compile: bool | str = False,
     device: torch.device | str | None = None,
     args: tuple[Any, ...] = (),
 ) -> Tensor:
@@ -283,7 +138,12 @@ def sample(
         t_start: time at which ``x_start`` enters the chain, a number or ``(N,)``; by default where
             ``alpha(t_start)`` is a row's observed share. The grid is shrunk to ``[0, t_start]``.
         seed: seed of this call; None draws on torch's global state.
-        batch_size: rows per network call.
+        batch_size: rows per network call, at most; by default as many as are fast and fit in
+            ``max_bytes``. The law does not depend on it, but the samples of a seed do.
+        max_bytes: memory that a network call may take, about; by default 2 GiB, or no limit if
+            ``batch_size`` is given.
+        compile: compile the model's decoder (``torch.compile``, or the backend of that name)
+            while it is sampled from. Takes up to minutes the first time.
         device: where to compute; by default the model's.
         args: further arguments of the program, the same for all rows.
 
@@ -297,9 +157,9 @@ def sample(
     """
     share = _check_latent(latent, refresh)
     check_order(order, entropy_bound, remask)
-    latents = _Latents(share, check_temperature("latent_temperature", latent_temperature), {})
+    latents = Latents(share, check_temperature("latent_temperature", latent_temperature), {})
     check_size("num_samples", num_samples)
-    check_size("batch_size", batch_size)
+    check_batches(batch_size, max_bytes)
     bounded = isinstance(order, str) and order == "entropy_bounded"
     if bounded and (time_grid is not None or t_start is not None):
         name = "time_grid" if time_grid is not None else "t_start"
@@ -322,16 +182,18 @@ def sample(
         grids = grids.repeat_interleave(num_samples, 0)
     pieces = []
     with seeded(seed), evaluation(model):
-        for start in range(0, len(x), batch_size):
-            part = slice(start, start + batch_size)
-            edges = grids if len(grids) == 1 else grids[part]
-            rows = _Rows(model, process, x[part], latents, args)
-            plan = make_plan(process, order, entropy_bound, remask, rows.masked, edges)
-            if plan is None:
-                _reveal_random(rows, edges)
-            else:
-                _reveal_planned(rows, plan)
-            pieces.append(rows.x)
+        size = rows_at_once(model, process, len(x), batch_size, max_bytes, where, args)
+        with compiled(model, compile):
+            for start in range(0, len(x), size):
+                part = slice(start, start + size)
+                edges = grids if len(grids) == 1 else grids[part]
+                rows = Rows(model, process, x[part], latents, args)
+                plan = make_plan(process, order, entropy_bound, remask, rows.masked, edges)
+                if plan is None:
+                    _reveal_random(rows, edges)
+                else:
+                    _reveal_planned(rows, plan)
+                pieces.append(rows.x)
     return torch.cat(pieces)
 
 
@@ -351,32 +213,43 @@ def _check_latent(latent: str, refresh: float | None) -> float:
     return float(refresh)
 
 
-def _reveal_random(rows: _Rows, grids: Tensor) -> None:
+def _reveal_random(rows: Rows, grids: Tensor) -> None:
     """The model's own sampler, each row at its own pace."""
-    x = rows.x
-    edges = grids if len(grids) > 1 else grids[0]
-    step = rows.process.reveal_steps(tuple(x.shape), edges, x.device)
-    step = step.masked_fill(~rows.masked, 0)
-    times = grids.to(torch.get_default_dtype()).expand(len(x), -1)
+    shape, device = tuple(rows.x.shape), rows.x.device
+    times = grids.to(torch.get_default_dtype()).expand(len(rows.x), -1)
+    if grids.shape[1] == 2:
+        chosen = rows.masked.any(-1).nonzero().squeeze(-1)
+        if len(chosen):
+            rows.advance(chosen, times[chosen, 1], rows.masked.index_select(0, chosen))
+        return
+    step = rows.process.reveal_steps(shape, grids if len(grids) > 1 else grids[0], device)
+    # Short integers are faster to go through, step by step.
+    step = step.to(torch.int16 if grids.shape[1] <= 2**15 else torch.int32)
+    step *= rows.masked
 
     def take(chosen: Tensor, now: Tensor) -> None:
         """Take the rows through the step that each stands before."""
-        target = step[chosen] == now.unsqueeze(-1)
-        rows.advance(chosen, times[chosen, now], target)
-        step[chosen] = step[chosen].masked_fill(target, 0)
+        if len(chosen) == len(step):
+            target = step == now.unsqueeze(-1)
+            step.mul_(~target)
+        else:
+            left = step.index_select(0, chosen)
+            target = left == now.unsqueeze(-1)
+            step.index_copy_(0, chosen, left.mul_(~target))
+        rows.advance(chosen, times[chosen, now.long()], target)
 
     if rows.starting:
-        everything = torch.arange(len(x), device=x.device)
-        take(everything, torch.full_like(everything, times.shape[1] - 1))
+        everything = torch.arange(len(step), device=device)
+        take(everything, torch.full((len(step),), times.shape[1] - 1, device=device))
     while True:
         current = step.amax(-1)
         chosen = current.nonzero().squeeze(-1)
         if len(chosen) == 0:
             return
-        take(chosen, current[chosen])
+        take(chosen, current.index_select(0, chosen))
 
 
-def _reveal_planned(rows: _Rows, plan: Plan) -> None:
+def _reveal_planned(rows: Rows, plan: Plan) -> None:
     """Any other sampler: all rows step by step, those left out in which nothing happens."""
     for i in range(plan.num_steps, 0, -1):
         step = plan.step(i, rows.masked)
@@ -386,5 +259,5 @@ def _reveal_planned(rows: _Rows, plan: Plan) -> None:
             pick = None if step.pick is None else step.pick(chosen)
             rows.advance(chosen, step.t[chosen], step.target[chosen], pick)
         if step.hidden is not None:
-            rows.x.masked_fill_(step.hidden, rows.process.mask_id)
-            rows.masked |= step.hidden
+            rows.x = rows.x.masked_fill(step.hidden, rows.process.mask_id)
+            rows.masked = rows.masked | step.hidden

@@ -6,6 +6,7 @@ exact laws integrate over them.
 """
 
 from vadd_pyro.distributions.codes import CodeCategorical, OneHotCodes, StraightThroughCodes
+from vadd_pyro.distributions.deferred import DeferredLogits
 from vadd_pyro.distributions.flow import FlowDistribution
 from vadd_pyro.distributions.mixture import NormalMixture
 from vadd_pyro.distributions.normal import DiagonalNormal
@@ -14,11 +15,13 @@ from vadd_pyro.distributions.tokens import (
     TokenCategorical,
     check_vocabulary,
     draw_categorical,
+    position_logits,
     token_logits,
 )
 
 __all__ = [
     "CodeCategorical",
+    "DeferredLogits",
     "DiagonalNormal",
     "FlowDistribution",
     "NormalMixture",
@@ -28,5 +31,6 @@ __all__ = [
     "TokenCategorical",
     "check_vocabulary",
     "draw_categorical",
+    "position_logits",
     "token_logits",
 ]

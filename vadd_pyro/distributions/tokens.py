@@ -21,14 +21,18 @@ from torch import Tensor
 from torch.distributions import Distribution as TorchBase
 from torch.distributions import constraints
 
+from vadd_pyro.distributions.deferred import DeferredLogits
 from vadd_pyro.distributions.scores import row_scores, shared_row_scores
 
 __all__ = [
     "TokenCategorical",
     "check_vocabulary",
     "draw_categorical",
+    "position_logits",
     "token_logits",
 ]
+
+_PIECE = 2**18  # logits whose cumulative sums are held at once
 
 
 def draw_categorical(logits: Tensor) -> Tensor:
@@ -44,13 +48,19 @@ def draw_categorical(logits: Tensor) -> Tensor:
         odds = flat[:, 1] - flat[:, 0]
         u = torch.rand(odds.shape, dtype=torch.double, device=odds.device)
         return (u < torch.sigmoid(odds)).long().reshape(shape)
+    pieces = [_invert(piece) for piece in flat.split(max(1, _PIECE // vocab_size))]
+    return (pieces[0] if len(pieces) == 1 else torch.cat(pieces)).reshape(shape)
+
+
+def _invert(flat: Tensor) -> Tensor:
+    """One draw per row of ``flat (n, K)`` by its cumulative distribution."""
     cdf = torch.softmax(flat, -1).cumsum(-1, dtype=torch.double)
     total = cdf[:, -1:]
     u = torch.rand(total.shape, dtype=torch.double, device=cdf.device) * total
     u = torch.minimum(u, torch.nextafter(total, torch.zeros_like(total)))
-    if vocab_size <= 64:
-        return (cdf <= u).sum(-1).reshape(shape)
-    return torch.searchsorted(cdf, u, right=True).reshape(shape)
+    if flat.shape[-1] <= 64:
+        return (cdf <= u).sum(-1)
+    return torch.searchsorted(cdf, u, right=True).squeeze(-1)
 
 
 class TokenCategorical(TorchDistribution):
@@ -59,7 +69,8 @@ class TokenCategorical(TorchDistribution):
     Same law as ``Categorical(logits=logits).mask(target).to_event(1)``.
 
     Args:
-        logits: unnormalised log-probabilities, ``(..., D, K)``.
+        logits: unnormalised log-probabilities, ``(..., D, K)``, or :class:`DeferredLogits` that
+            give them when they are asked for.
         target: positions that are scored, ``(..., D)`` bool, broadcast against ``logits``; None
             scores all.
         row: where rows share their logits, the entry of dimension -3 that each of ``B`` rows has,
@@ -72,27 +83,65 @@ class TokenCategorical(TorchDistribution):
 
     def __init__(
         self,
-        logits: Tensor,
+        logits: Tensor | DeferredLogits,
         target: Tensor | None = None,
         row: Tensor | None = None,
         validate_args: bool | None = None,
     ) -> None:
-        self._logits = logits
+        self._given = logits
         self.row = row
         self.target = target
         shape = logits.shape[:-2] if row is None else logits.shape[:-3] + row.shape
-        super().__init__(shape, logits.shape[-2:-1], validate_args=validate_args)
+        if not isinstance(logits, DeferredLogits):
+            super().__init__(shape, logits.shape[-2:-1], validate_args=validate_args)
+            return
+        # Checked here they would be computed here.
+        super().__init__(shape, logits.shape[-2:-1], validate_args=False)
+        if validate_args is None:
+            self.__dict__.pop("_validate_args")
+        else:
+            self._validate_args = validate_args
+
+    @property
+    def _logits(self) -> Tensor:
+        given = self._given
+        return self._checked(given.whole()) if isinstance(given, DeferredLogits) else given
+
+    def _checked(self, logits: Tensor) -> Tensor:
+        """Deferred logits, refused as others are when the law is made."""
+        if self._validate_args and bool(logits.isnan().any()):
+            raise ValueError("Expected logits that are numbers at every position, got NaN")
+        return logits
 
     @property
     def logits(self) -> Tensor:
         """Unnormalised log-probabilities of every row, ``(..., D, K)``."""
         return self._logits if self.row is None else self._logits.index_select(-3, self.row)
 
+    def logits_at(self, index: Tensor | None) -> Tensor:
+        """Logits of chosen positions of ``B`` rows, up to a number for each, ``(n, K)``.
+
+        Args:
+            index: ``(n,)`` long into the ``B D`` positions, rows one after another and
+                increasing; None for all.
+        """
+        length, vocab_size = self._given.shape[-2:]
+        if self.row is None:
+            if isinstance(self._given, DeferredLogits):
+                return self._checked(self._given.at(index))
+            flat = self._given.reshape(-1, vocab_size)
+            return flat if index is None else flat.index_select(0, index)
+        if index is None:
+            index = torch.arange(len(self.row) * length, device=self.row.device)
+        row = self.row.index_select(0, index.div(length, rounding_mode="floor"))
+        flat = self._logits.reshape(-1, vocab_size)
+        return flat.index_select(0, row * length + index % length)
+
     @property
     def support(self) -> constraints.Constraint:
         """Integers ``0..K-1`` at every position."""
         return constraints.independent(
-            constraints.integer_interval(0, self._logits.shape[-1] - 1), 1
+            constraints.integer_interval(0, self._given.shape[-1] - 1), 1
         )
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> TokenCategorical:
@@ -135,9 +184,7 @@ def token_logits(distribution: TorchBase) -> Tensor:
     Raises:
         TypeError: for any other distribution, naming it.
     """
-    inner = distribution
-    while isinstance(inner, (Independent, MaskedDistribution)):
-        inner = inner.base_dist
+    inner = _unwrapped(distribution)
     if isinstance(inner, TokenCategorical):
         return inner.logits
     if isinstance(inner, Categorical) and len(distribution.event_shape) == 1:
@@ -146,6 +193,37 @@ def token_logits(distribution: TorchBase) -> Tensor:
         "site 'x_0' must be one categorical per position, a TokenCategorical(logits, target) or "
         f"Categorical(logits=...).mask(target).to_event(1); got {distribution}"
     )
+
+
+def position_logits(
+    distribution: TorchBase, index: Tensor | None, shape: tuple[int, int]
+) -> Tensor:
+    """Logits of chosen positions behind the distribution at a model's ``"x_0"`` site.
+
+    Args:
+        distribution: as in :func:`token_logits`.
+        index: ``(n,)`` long into the ``B D`` positions, rows one after another and increasing;
+            None for all.
+        shape: ``(B, D)``.
+
+    Returns:
+        ``(n, K)``, up to a number for each position.
+
+    Raises:
+        TypeError: as :func:`token_logits`.
+    """
+    inner = _unwrapped(distribution)
+    if isinstance(inner, TokenCategorical) and inner.batch_shape + inner.event_shape == shape:
+        return inner.logits_at(index)
+    logits = token_logits(distribution)
+    flat = logits.expand(*shape, logits.shape[-1]).reshape(-1, logits.shape[-1])
+    return flat if index is None else flat.index_select(0, index)
+
+
+def _unwrapped(distribution: TorchBase) -> TorchBase:
+    while isinstance(distribution, (Independent, MaskedDistribution)):
+        distribution = distribution.base_dist
+    return distribution
 
 
 def check_vocabulary(logits: Tensor, vocab_size: int) -> None:

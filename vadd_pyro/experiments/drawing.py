@@ -15,7 +15,6 @@ from vadd_pyro import plotting
 from vadd_pyro.checkpoints import write_whole
 from vadd_pyro.data import DataSet
 from vadd_pyro.data.text import TextData
-from vadd_pyro.experiments.evaluation import batch_size
 from vadd_pyro.experiments.store import Experiment
 from vadd_pyro.infilling import infill
 from vadd_pyro.sampling import sample
@@ -62,7 +61,6 @@ def draw(
             latent=latent,
             order=order,
             latent_temperature=latent_temperature,
-            batch_size=batch_size(run.process),
             seed=seed,
         ).cpu()
         for steps in num_steps
@@ -164,7 +162,6 @@ def complete(
             num_steps,
             num_samples=num_completions,
             num_particles=num_particles,
-            batch_size=batch_size(run.process),
             seed=seed,
         )
         return found.x.cpu(), found.effective_size.cpu()
@@ -174,7 +171,6 @@ def complete(
         num_completions,
         num_steps,
         x_start=given,
-        batch_size=batch_size(run.process),
         seed=seed,
     )
     return x.cpu().reshape(len(given), num_completions, -1), None

@@ -26,7 +26,7 @@ from vadd_pyro.data.text import TextData
 from vadd_pyro.experiments.store import Experiment
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
 from vadd_pyro.one_token import one_token_bound
-from vadd_pyro.process import MaskingProcess, check_size
+from vadd_pyro.process import check_size
 from vadd_pyro.quality import (
     ImageFeatures,
     NGramModel,
@@ -37,7 +37,7 @@ from vadd_pyro.quality import (
 )
 from vadd_pyro.sampling import sample
 
-__all__ = ["QUALITY", "Judge", "batch_size", "evaluate"]
+__all__ = ["QUALITY", "Judge", "evaluate"]
 
 Row = dict[str, Any]
 QUALITY = {
@@ -246,18 +246,12 @@ def evaluate(
             num_samples,
             num_steps,
             seed=seed,
-            batch_size=batch_size(run.process),
         )
         rows = judge(drawn.cpu())
         result["quality"] += [{"num_steps": num_steps, **taken, **row} for row in rows]
         if keep is not None:
             keep(result)
     return result
-
-
-def batch_size(process: MaskingProcess) -> int:
-    """Rows per network call whose logits take about 64 MB."""
-    return max(1, min(16384, 2**24 // (process.length * process.vocab_size)))
 
 
 def _drop_unless(rows: list[Row], steps: int | str, taken: Mapping[str, Any]) -> None:

@@ -6,10 +6,14 @@ import math
 from typing import Any
 
 import torch
+from pyro.nn import PyroModule
 from torch import Tensor, nn
 from torch.nn.functional import embedding, softplus
 
+from vadd_pyro.distributions import DeferredLogits
 from vadd_pyro.nn.conditioning import full_precision
+from vadd_pyro.nn.sharing import equal_rows
+from vadd_pyro.nn.shortcuts import is_plain
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
 __all__ = ["Decoder", "Features", "NormalEncoder", "normal_parameters", "status_of"]
@@ -31,7 +35,11 @@ def normal_parameters(raw: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class Decoder(nn.Module):
-    r"""A decoder ``mu(x_t, z, t)``; a subclass writes ``_logits``.
+    r"""A decoder ``mu(x_t, z, t)``; a subclass writes ``_body``, ``_head`` and ``_head_at``, or
+    ``_logits`` alone.
+
+    Without gradients and dropout, rows that are equal in ``x_t``, ``z`` and, if the network is
+    told it, time run through it once.
 
     Args:
         process: gives vocabulary size ``K`` and length ``D``.
@@ -53,20 +61,90 @@ class Decoder(nn.Module):
         self.vocab_size = process.vocab_size
         self.time_conditioning = time_conditioning
 
-    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+    def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Any:
+        """What the last layer reads."""
         raise NotImplementedError
 
+    def _head(self, h: Any) -> Tensor:
+        """Logits ``(..., B, D, K)`` from it."""
+        raise NotImplementedError
+
+    def _head_at(self, h: Any, index: Tensor | None) -> Tensor:
+        """Logits ``(n, K)`` of chosen ones of ``B D`` positions, or of all, up to a number for
+        each.
+        """
+        raise NotImplementedError
+
+    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        return self._head(self._body(x_t, z, t))
+
     def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        self._check_inputs(x_t, z)
+        shared = self.shared_states(x_t, z)
+        if shared is not None and len(shared[0]) < len(x_t):
+            return self._logits(shared[0], z, t).index_select(-3, shared[1])
+        alike = self._equal_rows(x_t, z, t)
+        if alike is not None:
+            return self._logits(*_rows(alike[0], x_t, z, t)).index_select(-3, alike[1])
+        return self._logits(x_t, z, t)
+
+    def deferred(
+        self, x_t: Tensor, z: Tensor | None, t: Tensor
+    ) -> tuple[DeferredLogits, Tensor | None] | None:
+        """Logits for drawing: the network up to its last layer, which waits to be told positions.
+
+        Args:
+            x_t, z, t: as in :meth:`forward`, with a latent a row, ``(B, d)``, or None.
+
+        Returns:
+            The logits of ``U`` rows, and which of those each row is, ``(B,)``, None if ``U = B``;
+            what :class:`~vadd_pyro.TokenCategorical` takes as ``logits`` and ``row``. None where
+            ``forward`` has to be called: with gradients, other latents, hooks on the decoder or
+            parts that are Pyro's own, or if it is compiled.
+        """
+        split = type(self)._logits is Decoder._logits and type(self).forward is Decoder.forward
+        laid_out = z is not None and z.shape[:-1] != x_t.shape[:1]
+        if not split or laid_out or torch.is_grad_enabled() or not is_plain(self):
+            return None
+        if any(isinstance(module, PyroModule) for module in self.modules()):
+            return None  # whose parameters may be sample sites, which must not come late
+        self._check_inputs(x_t, z)
+        row = None
+        alike = self._equal_rows(x_t, z, t)
+        if alike is not None:
+            first, row = alike
+            x_t, z, t = _rows(first, x_t, z, t)
+        h = self._body(x_t, z, t)
+        shape = (len(x_t), self.length, self.vocab_size)
+        logits = DeferredLogits(shape, lambda: self._head(h), lambda i: self._head_at(h, i))
+        return logits, row
+
+    def heavy_parts(self) -> list[nn.Module]:
+        """The modules that do nearly all the work, to be compiled in place; by default the whole
+        network.
+        """
+        return [self]
+
+    def _equal_rows(
+        self, x_t: Tensor, z: Tensor | None, t: Tensor
+    ) -> tuple[Tensor, Tensor] | None:
+        """Rows of which several are equal; see :func:`~vadd_pyro.nn.sharing.equal_rows`."""
+        laid_out = z is not None and z.shape[:-1] != x_t.shape[:1]
+        tracing = torch.compiler.is_compiling()
+        if laid_out or tracing or torch.is_grad_enabled() or self._drops():
+            return None
+        values = [x_t] if z is None else [x_t, z]
+        if self.time_conditioning:
+            values.append(t)
+        return equal_rows(*values)
+
+    def _check_inputs(self, x_t: Tensor, z: Tensor | None) -> None:
         if x_t.dim() != 2 or x_t.shape[1] != self.length:
             raise ValueError(f"x_t must have shape (batch, {self.length}), got {tuple(x_t.shape)}")
         if z is None and self.latent_dim:
             raise ValueError(f"z must have latent_dim = {self.latent_dim} numbers, got None")
         if z is not None:
             self._check_latent(z, len(x_t))
-        shared = self.shared_states(x_t, z)
-        if shared is not None and len(shared[0]) < len(x_t):
-            return self._logits(shared[0], z, t).index_select(-3, shared[1])
-        return self._logits(x_t, z, t)
 
     def _check_latent(self, z: Tensor, num_rows: int) -> None:
         if not self.latent_dim:
@@ -98,7 +176,15 @@ class Decoder(nn.Module):
         return x_t.unique(dim=0, return_inverse=True)
 
     def _drops(self) -> bool:
-        return self.training and any(m.p > 0 for m in self.modules() if isinstance(m, nn.Dropout))
+        dropouts = (m for m in self.modules() if isinstance(m, nn.Dropout))
+        return any(m.training and m.p > 0 for m in dropouts)
+
+
+def _rows(
+    index: Tensor, x_t: Tensor, z: Tensor | None, t: Tensor
+) -> tuple[Tensor, Tensor | None, Tensor]:
+    """Some rows of what a decoder is given."""
+    return x_t[index], None if z is None else z[index], t[index]
 
 
 class Features(nn.Module):

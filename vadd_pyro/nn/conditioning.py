@@ -82,13 +82,17 @@ class TokenCode(nn.Module):
         self.register_buffer("fixed", code, persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return embedding(tokens, self.fixed if self.learned is None else self.learned.weight)
+        return embedding(tokens, self.table)
+
+    @property
+    def table(self) -> Tensor:
+        """Vectors of all tokens, the mask's last if it has one."""
+        return self.fixed if self.learned is None else self.learned.weight
 
     @property
     def clean(self) -> Tensor:
         """Vectors of the clean tokens, ``(K, dim)``."""
-        table = self.fixed if self.learned is None else self.learned.weight
-        return table[: self.vocab_size]
+        return self.table[: self.vocab_size]
 
 
 class _TimeEmbedding(nn.Module):

@@ -12,7 +12,9 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder, normal_parameters
+from vadd_pyro.nn.chosen import chosen_logits
 from vadd_pyro.nn.conditioning import full_precision
+from vadd_pyro.nn.lookup import token_layer
 from vadd_pyro.nn.state import StateNormal
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
@@ -85,14 +87,23 @@ class MLPDecoder(Decoder):
         self.hidden = _Hidden(hidden_dim, num_layers)
         self.head = nn.Linear(hidden_dim, process.length * process.vocab_size)
 
-    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
-        h = self.tokens(self.embedding(x_t).flatten(-2))
+    def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        h = token_layer(self.tokens, self.embedding, x_t)
         if self.time is not None:
             h = h + self.time(t.unsqueeze(-1))
         if self.latent is not None:
             h = h + self.latent(z)
-        logits = full_precision(self.head, self.hidden(h))
+        return self.hidden(h)
+
+    def heavy_parts(self) -> list[nn.Module]:
+        return [self.hidden]
+
+    def _head(self, h: Tensor) -> Tensor:
+        logits = full_precision(self.head, h)
         return logits.unflatten(-1, (self.length, self.vocab_size))
+
+    def _head_at(self, h: Tensor, index: Tensor | None) -> Tensor:
+        return chosen_logits(self.head, h, index, self.length, self.vocab_size)
 
 
 class MLPFeatures(Features):

@@ -13,10 +13,19 @@ from torch import Tensor, nn
 from torch.nn.functional import interpolate, silu
 
 from vadd_pyro.nn.attention import SelfAttention, check_heads
+from vadd_pyro.nn.chosen import taken
 from vadd_pyro.nn.conditioning import Modulation, check_dropout, full_precision
 from vadd_pyro.process import MaskingProcess, check_size
 
-__all__ = ["DownPath", "UpPath", "check_shape", "group_norm", "pixel_logits", "zero_"]
+__all__ = [
+    "DownPath",
+    "UpPath",
+    "check_shape",
+    "chosen_pixel_logits",
+    "group_norm",
+    "pixel_logits",
+    "zero_",
+]
 
 
 def check_shape(
@@ -71,6 +80,20 @@ def pixel_logits(head: nn.Linear, h: Tensor, channels: int) -> Tensor:
         bias = head.bias.unflatten(0, (channels, 1, -1))
         logits = h.to(weight.dtype).unsqueeze(1) @ weight.transpose(-1, -2)
         return logits.add_(bias).flatten(1, 2)
+
+
+def chosen_pixel_logits(head: nn.Linear, h: Tensor, index: Tensor | None, channels: int) -> Tensor:
+    """The same at chosen positions, ``(n, K)``.
+
+    Args:
+        head, h, channels: as in :func:`pixel_logits`.
+        index: into the ``N D`` positions, ``(n,)`` long; None for all.
+    """
+    if index is None or channels > 1:
+        every = pixel_logits(head, h, channels)
+        return taken(every.reshape(-1, every.shape[-1]), index)
+    row = index.div(h.shape[-2], rounding_mode="floor")
+    return full_precision(head, h[row, index - row * h.shape[-2]])
 
 
 class _Block(nn.Module):

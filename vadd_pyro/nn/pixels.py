@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import silu
 
-from vadd_pyro.nn.paths import check_shape, pixel_logits, zero_
+from vadd_pyro.nn.paths import check_shape, chosen_pixel_logits, pixel_logits, zero_
 from vadd_pyro.nn.residual import RowDecoder
 from vadd_pyro.process import MaskingProcess, check_size
 
@@ -95,11 +95,12 @@ class PixelDecoder(RowDecoder):
         self.head = nn.Linear(local_dim + sketch_dim, channels * process.vocab_size)
         zero_(self.head)
 
-    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+    def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        """Vectors of all pixels, ``(..., B, H W, width)``."""
         codes = self.tokens(x_t)
-        sketch = self.sketch(self._row_vectors(codes, z, t))
+        sketch = self.sketch(self._row_vectors(x_t, codes, z, t))
         rows = sketch.shape[:-1]
-        channels, height, width = self.pixels
+        _, height, width = self.pixels
         sketch = sketch.unflatten(-1, (-1, height, width)).flatten(0, -4)
         maps = codes.unflatten(-2, self.pixels).permute(0, 1, 4, 2, 3).flatten(1, 2)
         maps = maps.expand(*rows, *maps.shape[-3:]).flatten(0, -4)
@@ -110,4 +111,10 @@ class PixelDecoder(RowDecoder):
             new = silu(convolution(h))
             h = h + new if number else new
         pixels = torch.cat([h, sketch], 1).permute(0, 2, 3, 1).flatten(1, 2)
-        return pixel_logits(self.head, pixels, channels).unflatten(0, rows)
+        return pixels.unflatten(0, rows)
+
+    def _head(self, h: Tensor) -> Tensor:
+        return pixel_logits(self.head, h.flatten(0, -3), self.pixels[0]).unflatten(0, h.shape[:-2])
+
+    def _head_at(self, h: Tensor, index: Tensor | None) -> Tensor:
+        return chosen_pixel_logits(self.head, h, index, self.pixels[0])

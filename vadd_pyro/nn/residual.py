@@ -33,6 +33,7 @@ from torch import Tensor, nn
 from torch.nn.functional import silu
 
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder, status_of
+from vadd_pyro.nn.chosen import chosen_logits
 from vadd_pyro.nn.conditioning import (
     Condition,
     Modulation,
@@ -40,6 +41,7 @@ from vadd_pyro.nn.conditioning import (
     check_dropout,
     full_precision,
 )
+from vadd_pyro.nn.lookup import token_layer
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
 __all__ = ["LateDecoder", "ResidualDecoder", "ResidualEncoder", "ResidualFeatures", "RowDecoder"]
@@ -126,6 +128,19 @@ class _PositionHead(nn.Module):
         # In place, for logits are the largest tensor there is.
         return logits if self.bias is None else logits.add_(self.bias)
 
+    def at(self, h: Tensor, index: Tensor | None) -> Tensor:
+        """Logits ``(n, K)`` of chosen positions of rows ``h (B, width)``, or of all, up to a
+        number for each.
+        """
+        length, vocab_size = self.shape
+        if self.positions is None:
+            return chosen_logits(self.tokens, h, index, length, vocab_size)
+        if index is None:
+            return self(h).view(-1, vocab_size)
+        vectors = self.positions(h).view(len(h) * length, -1).index_select(0, index)
+        logits = full_precision(self.tokens, vectors)
+        return logits if self.bias is None else logits.add_(self.bias[index % length])
+
 
 class RowDecoder(Decoder):
     """What decoders share whose residual blocks make one vector of a row."""
@@ -150,9 +165,13 @@ class RowDecoder(Decoder):
         self.condition = Condition(condition_dim, latent_dim, time_conditioning=time_conditioning)
         self.trunk = _Trunk(hidden_dim, num_blocks, self.condition.size, dropout)
 
-    def _row_vectors(self, codes: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
-        """``(..., B, hidden_dim)`` from vectors of tokens, ``(B, D, e)``."""
-        h = self.inputs(codes.flatten(-2))
+    def _row_vectors(
+        self, x_t: Tensor, codes: Tensor | None, z: Tensor | None, t: Tensor
+    ) -> Tensor:
+        """``(..., B, hidden_dim)``; ``codes (B, D, e)`` are the tokens' vectors if they are known
+        already.
+        """
+        h = token_layer(self.inputs, self.tokens, x_t, codes)
         if self.latent is not None:
             h = h + self.latent(z)
         return self.trunk(h, self.condition(z, t))
@@ -206,8 +225,17 @@ class ResidualDecoder(RowDecoder):
         )
         self.head = _PositionHead(hidden_dim, process.length, process.vocab_size, embedding_dim)
 
-    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
-        return self.head(self._row_vectors(self.tokens(x_t), z, t))
+    def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        return self._row_vectors(x_t, None, z, t)
+
+    def heavy_parts(self) -> list[nn.Module]:
+        return [self.trunk]
+
+    def _head(self, h: Tensor) -> Tensor:
+        return self.head(h)
+
+    def _head_at(self, h: Tensor, index: Tensor | None) -> Tensor:
+        return self.head.at(h, index)
 
 
 class LateDecoder(Decoder):
@@ -268,14 +296,34 @@ class LateDecoder(Decoder):
             self.latent_head = _PositionHead(latent_hidden_dim, *sizes, bias=False)
             nn.init.normal_(self.latent_head.tokens.weight, std=_LATE_STD)
 
-    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
-        h = self.trunk(self.inputs(self.tokens(x_t).flatten(-2)), self.time(None, t))
-        logits = self.head(h)
+    def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The wide vector of a row, and the narrow one of a row and a latent."""
+        # Rows in one state share what is wide, whatever their latents are.
+        alike = self._equal_rows(x_t, None, t)
+        if alike is None:
+            h = self._wide(x_t, t)
+        else:
+            h = self._wide(x_t[alike[0]], t[alike[0]]).index_select(0, alike[1])
         if self.latent is None:
-            return logits
-        g = self.latent_trunk(self.narrow(h) + self.latent(z), self.condition(z, t))
+            return h, None
+        return h, self.latent_trunk(self.narrow(h) + self.latent(z), self.condition(z, t))
+
+    def _wide(self, x_t: Tensor, t: Tensor) -> Tensor:
+        return self.trunk(token_layer(self.inputs, self.tokens, x_t), self.time(None, t))
+
+    def heavy_parts(self) -> list[nn.Module]:
+        return [self.trunk] if self.latent is None else [self.trunk, self.latent_trunk]
+
+    def _head(self, h: tuple[Tensor, Tensor | None]) -> Tensor:
+        wide, narrow = h
+        logits = self.head(wide)
         # In place, for those of all codes are the largest tensor there is.
-        return self.latent_head(g).add_(logits)
+        return logits if narrow is None else self.latent_head(narrow).add_(logits)
+
+    def _head_at(self, h: tuple[Tensor, Tensor | None], index: Tensor | None) -> Tensor:
+        wide, narrow = h
+        logits = self.head.at(wide, index)
+        return logits if narrow is None else logits + self.latent_head.at(narrow, index)
 
 
 class ResidualFeatures(Features):

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 
 from vadd_pyro.nn.attention import AttentionPool, Rotary, SelfAttention, check_heads
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder
+from vadd_pyro.nn.chosen import taken
 from vadd_pyro.nn.conditioning import (
     Condition,
     Modulation,
@@ -204,8 +205,17 @@ class TransformerDecoder(Decoder):
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
 
-    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
-        return full_precision(self.head, self.trunk(self.tokens(x_t), self.condition(z, t)))
+    def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        return self.trunk(self.tokens(x_t), self.condition(z, t))
+
+    def heavy_parts(self) -> list[nn.Module]:
+        return [self.trunk]
+
+    def _head(self, h: Tensor) -> Tensor:
+        return full_precision(self.head, h)
+
+    def _head_at(self, h: Tensor, index: Tensor | None) -> Tensor:
+        return full_precision(self.head, taken(h.reshape(-1, h.shape[-1]), index))
 
 
 class TransformerFeatures(Features):

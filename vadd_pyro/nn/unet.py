@@ -25,7 +25,14 @@ from torch.nn.functional import silu
 
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder, status_of
 from vadd_pyro.nn.conditioning import Condition, TokenCode
-from vadd_pyro.nn.paths import DownPath, UpPath, group_norm, pixel_logits, zero_
+from vadd_pyro.nn.paths import (
+    DownPath,
+    UpPath,
+    chosen_pixel_logits,
+    group_norm,
+    pixel_logits,
+    zero_,
+)
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 
 __all__ = ["UNetDecoder", "UNetEncoder", "UNetFeatures"]
@@ -100,7 +107,8 @@ class UNetDecoder(Decoder):
         self.head = nn.Linear(self.down.widths[0], channels * process.vocab_size)
         zero_(self.head)
 
-    def _logits(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+    def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        """Vectors of all pixels, ``(..., B, H W, width)``."""
         h = self.down.pixel_vectors(self.tokens(x_t))
         c = self.condition(z, t)
         rows = h.shape[:1]
@@ -112,8 +120,16 @@ class UNetDecoder(Decoder):
             c = c.expand(*rows, -1).flatten(0, -2)
         coarse, seen = self.down(h, c, z)
         h = silu(self.norm(self.up(coarse, seen, c)))
-        pixels = h.flatten(-2).transpose(-1, -2)
-        return pixel_logits(self.head, pixels, self.channels).unflatten(0, rows)
+        return h.flatten(-2).transpose(-1, -2).unflatten(0, rows)
+
+    def heavy_parts(self) -> list[nn.Module]:
+        return [self.down, self.up]
+
+    def _head(self, h: Tensor) -> Tensor:
+        return pixel_logits(self.head, h.flatten(0, -3), self.channels).unflatten(0, h.shape[:-2])
+
+    def _head_at(self, h: Tensor, index: Tensor | None) -> Tensor:
+        return chosen_pixel_logits(self.head, h, index, self.channels)
 
 
 class UNetFeatures(Features):

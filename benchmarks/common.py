@@ -1,0 +1,75 @@
+"""What the benchmarks of speed share: sizes, and how variants are timed."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+
+class Size(NamedTuple):
+    """One line of a table.
+
+    Args:
+        length, vocab_size: of rows.
+        batch_size: rows of a training step.
+        hidden_dim, embedding_dim, latent_dim: of the networks.
+        steps: training steps per timed round.
+        network: perceptrons of three layers, or a transformer of two.
+        sample_rows: rows of a sampling pass.
+    """
+
+    length: int
+    vocab_size: int
+    batch_size: int
+    hidden_dim: int
+    embedding_dim: int
+    latent_dim: int
+    steps: int
+    network: str = "mlp"
+    sample_rows: int = 1000
+
+    @property
+    def mlp(self) -> dict[str, Any]:
+        """Sizes of the perceptrons."""
+        return dict(hidden_dim=self.hidden_dim, num_layers=3, embedding_dim=self.embedding_dim)
+
+
+SIZES = {
+    "tiny": Size(2, 8, 32, 16, 4, 2, 60),
+    "toy256": Size(2, 100, 256, 256, 32, 2, 12, sample_rows=10_000),
+    "toy1024": Size(2, 100, 1024, 256, 32, 2, 4),
+    "bin64": Size(64, 2, 256, 256, 4, 16, 10),
+    "bin784": Size(784, 2, 256, 256, 4, 16, 4),
+    "text": Size(64, 64, 64, 128, 128, 16, 1, "transformer", 64),
+}
+
+
+def medians(
+    variants: dict[str, Callable[[], Any]],
+    repeats: int,
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+    warm_up: int = 2,
+) -> dict[str, float]:
+    """Median seconds per call of each variant, over rounds in which they take turns.
+
+    Args:
+        variants: what to time, by name.
+        repeats: calls of each in a round.
+        rounds: how many.
+        clock: gives seconds.
+        warm_up: untimed calls of each before, at least.
+    """
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    for call in variants.values():
+        for _ in range(max(warm_up, repeats // 4)):
+            call()
+    for _ in range(rounds):
+        for name, call in variants.items():
+            start = clock()
+            for _ in range(repeats):
+                call()
+            times[name].append((clock() - start) / repeats)
+    return {name: statistics.median(values) for name, values in times.items()}

@@ -1,0 +1,172 @@
+"""Throughput of sampling against a hand-written sampler, in the same run.
+
+    python benchmarks/sampling.py [--sizes toy,text] [--steps 1,4,16,64] [--rounds 5] [--compile]
+                                  [--json FILE]
+
+The hand-written one is what a first draft looks like: at every step the network runs on all rows,
+and Gumbel noise is added to the logits of all positions. Both have the same networks in evaluation
+mode and the same law; variants take turns, one thread, and times are those that the processor
+spent on the process, which other programs on the machine disturb least. Printed are rows a second
+and the ratio of the medians of both times.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import platform
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import pyro
+import torch
+from common import SIZES, Size, medians
+from torch import Tensor, nn
+
+from vadd_pyro import MaskingProcess, models, sample
+from vadd_pyro.nn import MLPDecoder, TransformerDecoder
+
+NUM_CODES = 64
+
+
+class Case(NamedTuple):
+    """One line of the table.
+
+    Args:
+        size: of rows and networks.
+        prior: law of the latent: normal, codes or none.
+    """
+
+    size: Size
+    prior: str = "normal"
+
+
+CASES = {
+    "tiny": Case(SIZES["tiny"]),
+    "toy": Case(SIZES["toy256"]),
+    "toy, codes": Case(SIZES["toy256"], "codes"),
+    "toy, no latent": Case(SIZES["toy256"], "none"),
+    "bin64": Case(SIZES["bin64"]),
+    "bin784": Case(SIZES["bin784"]),
+    "text": Case(SIZES["text"]),
+}
+
+
+def make(case: Case) -> tuple[nn.Module, Callable[[int], Tensor | None], MaskingProcess]:
+    """A model, how a hand-written sampler draws its latents, and the process."""
+    size = case.size
+    process = MaskingProcess(size.vocab_size, size.length)
+    latent_dim = 0 if case.prior == "none" else size.latent_dim
+    decoder: nn.Module
+    if size.network == "transformer":
+        decoder = TransformerDecoder(
+            process,
+            latent_dim,
+            hidden_dim=size.hidden_dim,
+            num_layers=2,
+            num_heads=4,
+            time_conditioning=False,
+        )
+    else:
+        decoder = MLPDecoder(process, latent_dim, **size.mlp)
+    if case.prior == "none":
+        return models.MDM(decoder), lambda rows: None, process
+    if case.prior == "codes":
+        prior = models.Categorical(NUM_CODES, latent_dim)
+        weights = torch.ones(NUM_CODES)
+        return (
+            models.VADD(decoder, prior),
+            lambda rows: prior.embedding(torch.multinomial(weights, rows, replacement=True)),
+            process,
+        )
+    model = models.VADD(decoder, models.StandardNormal(latent_dim))
+    return model, lambda rows: torch.randn(rows, latent_dim), process
+
+
+def naive_sampler(
+    decoder: nn.Module,
+    latents: Callable[[int], Tensor | None],
+    process: MaskingProcess,
+    rows: int,
+    num_steps: int,
+) -> Tensor:
+    """Gumbel noise over all positions of all rows, at every step."""
+    x = torch.full((rows, process.length), process.mask_id)
+    for i in range(num_steps, 0, -1):
+        t, s = i / num_steps, (i - 1) / num_steps
+        logits = decoder(x, latents(rows), torch.full((rows,), t))
+        noise = -torch.log(-torch.log(torch.rand_like(logits).clamp_min(1e-20)))
+        drawn = (logits + noise).argmax(-1)
+        reveal = (x == process.mask_id) & (torch.rand(x.shape) < (t - s) / t)
+        x = torch.where(reveal, drawn, x)
+    return x
+
+
+class Bare(nn.Module):
+    """A decoder as a hand-written sampler has it, without the package's ways of saving work."""
+
+    def __init__(self, decoder: nn.Module) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        with torch.enable_grad():  # which those are not for; no parameter asks for one
+            return self.decoder(x_t, z, t)
+
+
+def time_case(case: Case, num_steps: int, rounds: int, compiled: bool) -> dict[str, float]:
+    """Seconds of a pass, by variant."""
+    torch.manual_seed(0)
+    model, latents, process = make(case)
+    model.requires_grad_(False).eval()
+    bare, rows = Bare(model.decoder), case.size.sample_rows
+    variants: dict[str, Callable[[], Any]] = {
+        "naive": lambda: naive_sampler(bare, latents, process, rows, num_steps),
+        "package": lambda: sample(model, process, rows, num_steps),
+    }
+    if compiled:
+        variants["compiled"] = lambda: sample(model, process, rows, num_steps, compile=True)
+    with torch.no_grad():
+        return medians(variants, 1, rounds, clock=time.process_time, warm_up=1)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else "")
+    parser.add_argument(
+        "--sizes", default=";".join(CASES), help="which sizes, by semicolon; by default all"
+    )
+    parser.add_argument("--steps", default="1,4,16,64", help="numbers of steps, by comma")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--compile", action="store_true", help="with compiled networks too")
+    parser.add_argument("--json", default=None, help="file for the figures")
+    arguments = parser.parse_args()
+    torch.set_num_threads(1)
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "rounds": arguments.rounds,
+        "seconds": {},
+    }
+    columns = ["naive", "package"] + ["compiled"] * arguments.compile
+    head = "".join(f"{name + ' rows/s':>17}" for name in columns)
+    print(f"{'':<15} {'rows':>6} {'steps':>6}{head}" + "".join(f"{c:>10}" for c in columns[1:]))
+    with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+        for name in arguments.sizes.split(";"):
+            case = CASES[name]
+            for num_steps in map(int, arguments.steps.split(",")):
+                seconds = time_case(case, num_steps, arguments.rounds, arguments.compile)
+                results["seconds"][f"{name}/{num_steps}"] = seconds
+                rows = case.size.sample_rows
+                speeds = "".join(f"{rows / seconds[c]:>17,.0f}" for c in columns)
+                ratios = "".join(f"{seconds[c] / seconds['naive']:>10.3f}" for c in columns[1:])
+                print(f"{name:<15} {rows:>6} {num_steps:>6}{speeds}{ratios}", flush=True)
+    if arguments.json:
+        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,58 @@
+"""What layers keep of rows from one step of a sampler to the next.
+
+A step changes a few tokens of a row, and what was summed over the others need not be summed again.
+A sampler that shows a network the same rows again and again says so,
+
+    with RowMemory(len(x)) as memory:
+        memory.rows = which       # before each call: an index into the rows, None for all
+        model(batch)
+
+and a layer may look for :func:`row_memory` and keep there what it likes. It must keep what it
+computed from beside what it computed, and compare: nobody promises that it is shown those rows.
+"""
+
+from __future__ import annotations
+
+from contextvars import ContextVar, Token
+from typing import Any
+
+from torch import Tensor
+
+__all__ = ["RowMemory", "row_memory"]
+
+_CURRENT: ContextVar[RowMemory | None] = ContextVar("row_memory", default=None)
+
+
+class RowMemory:
+    """A place for what layers keep of rows.
+
+    Args:
+        num_rows: how many rows there are.
+
+    Attributes:
+        rows: which of them the next call shows, ``(n,)`` long; None for all.
+        held: what a layer keeps, by a key of its own.
+    """
+
+    def __init__(self, num_rows: int) -> None:
+        self.num_rows = num_rows
+        self.rows: Tensor | None = None
+        self.held: dict[Any, Any] = {}
+        self._token: Token[RowMemory | None] | None = None
+
+    def __len__(self) -> int:
+        """How many rows the next call shows."""
+        return self.num_rows if self.rows is None else len(self.rows)
+
+    def __enter__(self) -> RowMemory:
+        self._token = _CURRENT.set(self)
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        assert self._token is not None
+        _CURRENT.reset(self._token)
+
+
+def row_memory() -> RowMemory | None:
+    """The memory of the sampler that runs, if there is one."""
+    return _CURRENT.get()
