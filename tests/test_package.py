@@ -22,12 +22,12 @@ PACKAGE = ROOT / "vadd_pyro"
 
 # Each module may import those before it, and nothing else of the package.
 LAYERS = [
-    {"_version", "batches", "history", "rates", "schedules"},
+    {"_version", "history", "rates", "schedules"},
     {"process"},
     {"times", "distributions", "recorder", "programs", "checkpoints", "metrics", "nn", "plotting"},
     {"finite", "interruption", "locks"},
-    {"sites", "data", "models", "guides", "weights"},
-    {"annealing", "divergences", "estimators", "densities", "quality"},
+    {"sites", "data", "models", "guides", "weights", "batches", "distributed"},
+    {"annealing", "divergences", "estimators", "densities", "quality", "exchange", "resuming"},
     {"elbo", "orders", "sampling", "tempering"},
     {"compiled", "integration"},
     {"chain", "exact", "grids", "infilling", "information", "likelihood", "monitor", "trainer"},

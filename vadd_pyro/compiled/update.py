@@ -11,6 +11,9 @@ over vectors that hold all parameters (:mod:`vadd_pyro.compiled.layout`). What c
 to update (``lambda``, step sizes) is a tensor that the graph is given. If loss or gradient are not
 finite, nothing is written. Another optimiser than Adam and AdamW steps by itself, on the graph's
 gradient.
+
+Where several processes or parts of a batch share an update, it is two graphs: one up to the
+gradient of a part, and one from the mean of all gradients on.
 """
 
 from __future__ import annotations
@@ -27,6 +30,8 @@ from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
 from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
+from vadd_pyro.distributed import Processes
+from vadd_pyro.exchange import Exchange
 
 __all__ = ["Update", "UpdateResult"]
 
@@ -64,6 +69,8 @@ class Update:
         clip_norm: largest norm of the gradient; None does not clip.
         x_0: rows as every update will be given, ``(B, D)``.
         kl_weight: ``lambda`` at which the graph is compared with the programs.
+        accumulate: into how many parts the rows are divided.
+        processes: whose gradients are averaged.
 
     Raises:
         NotOneGraphError: saying why there is no such graph; nothing has been changed then.
@@ -77,12 +84,19 @@ class Update:
         clip_norm: float | None,
         x_0: Tensor,
         kl_weight: float,
+        accumulate: int = 1,
+        processes: Processes | None = None,
     ) -> None:
+        processes = Processes() if processes is None else processes
         self.optimizer = optimizer
         self.fused = _is_plain_adam(optimizer)
         self.clip_norm = clip_norm
         self.shape = x_0.shape
+        self.accumulate = accumulate
+        self._alone = processes.alone
+        self._whole = processes.alone and accumulate == 1
         self._loss = loss
+        x_0 = x_0.chunk(accumulate)[0]
         random = random_state()
         reference = loss.eager(x_0, kl_weight)
         names = {id(p): name for name, p in loss.parameters.items()}
@@ -95,6 +109,8 @@ class Update:
             raise NotOneGraphError("the optimiser does not hold all parameters of the loss")
         self.steps = self._read_steps()
         self.layout = Layout(self.parameters)
+        like = next(iter(self.parameters.values())).detach()
+        self.exchange = Exchange(processes, self.layout.size, like)
         zero = torch.zeros_like
         kept: list[Sequence[Tensor]] = [list(self.parameters.values())]
         if self.fused:
@@ -109,8 +125,10 @@ class Update:
             self.vectors = [self.layout.joined([v.detach() for v in values]) for values in kept]
         inputs = [*self.vectors, self._numbers(kl_weight, [0.0] * len(self._groups), 1.0), x_0]
         with pyro.validation_enabled(False):
-            graph = capture(self._traced, inputs)
-        self._graph = compile_graph(graph, inputs)
+            if self._whole:
+                self._graph = compile_graph(capture(self._traced, inputs), inputs)
+            else:
+                self._make_two(inputs)
         restore_random_state(random)
         check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
         restore_random_state(random)
@@ -120,7 +138,38 @@ class Update:
 
     def _traced(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         *vectors, numbers, x_0 = inputs
-        values = vectors[0]
+        loss, kl, gradient = self._differentiated(vectors[0], numbers, x_0)
+        with torch.no_grad():
+            return self._updated(vectors, numbers, loss, kl, gradient)
+
+    def _make_two(self, inputs: Sequence[Tensor]) -> None:
+        """The graph up to the gradient, and that from the gradient on."""
+        *vectors, numbers, x_0 = inputs
+
+        def of_part(values: Tensor, numbers: Tensor, x_0: Tensor) -> tuple[Tensor]:
+            loss, kl, gradient = self._differentiated(values, numbers, x_0)
+            return (torch.cat([gradient, torch.stack([loss, kl]), gradient.new_zeros(2)]),)
+
+        def of_all(*inputs: Tensor) -> tuple[Tensor, ...]:
+            *vectors, numbers, told = inputs
+            loss, kl = told[self.layout.size : self.layout.size + 2].unbind()
+            return self._updated(vectors, numbers, loss, kl, told[: self.layout.size])
+
+        first, second = [vectors[0], numbers, x_0], [*vectors, numbers, self.exchange.empty()]
+        self._gradient = compile_graph(capture(of_part, first), first)
+        with torch.no_grad():
+            self._rest = compile_graph(capture(of_all, second), second)
+
+        def graph(*inputs: Tensor) -> Any:
+            *vectors, numbers, x_0 = inputs
+            return self._rest(*vectors, numbers, *self._gradient(vectors[0], numbers, x_0))
+
+        self._graph = graph
+
+    def _differentiated(
+        self, values: Tensor, numbers: Tensor, x_0: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and KL of a row, and the gradient."""
         found = self._loss(self.layout.views(values), x_0, numbers[0])
         with torch.no_grad():
             if set(found.gradients) != set(self.layout.shapes):
@@ -130,19 +179,32 @@ class Update:
                     "somewhere else than their modules, such as Pyro's store"
                 )
             gradient = self.layout.joined([found.gradients[name] for name in self.layout.shapes])
-            norm = gradient.norm()
-            if self.clip_norm is not None:
-                gradient = gradient * (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
-            result = torch.stack([found.loss, found.kl, norm])
-            if not self.fused:
-                return result, gradient
-            finite = found.loss.isfinite() & norm.isfinite()
-            new = self._adam(values, vectors[1], vectors[2], gradient, numbers)
-            if self._averaged:
-                new.append(vectors[3].lerp(new[0], numbers[1]))
-            for old, value in zip(vectors, new, strict=True):
-                old.copy_(torch.where(finite, value, old))
-            return (result,)
+            return found.loss, found.kl, gradient
+
+    def _updated(
+        self,
+        vectors: Sequence[Tensor],
+        numbers: Tensor,
+        loss: Tensor,
+        kl: Tensor,
+        gradient: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Write new values, if all is finite: what was found, and the gradient for an optimiser
+        that steps by itself.
+        """
+        norm = gradient.norm()
+        if self.clip_norm is not None:
+            gradient = gradient * (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
+        result = torch.stack([loss, kl, norm])
+        if not self.fused:
+            return result, gradient
+        finite = loss.isfinite() & norm.isfinite()
+        new = self._adam(vectors[0], vectors[1], vectors[2], gradient, numbers)
+        if self._averaged:
+            new.append(vectors[3].lerp(new[0], numbers[1]))
+        for old, value in zip(vectors, new, strict=True):
+            old.copy_(torch.where(finite, value, old))
+        return (result,)
 
     def _adam(
         self, values: Tensor, first: Tensor, second: Tensor, gradient: Tensor, numbers: Tensor
@@ -283,22 +345,35 @@ class Update:
         """
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         numbers = self._numbers(kl_weight, rates, average)
+        if self._whole:
+            found = self._graph(*self.vectors, numbers, x_0)
+        else:
+            found = self._rest(*self.vectors, numbers, self._mean(x_0, numbers))
+        result = UpdateResult(*found[0].tolist())
         if self.fused:
-            (result,) = self._graph(*self.vectors, numbers, x_0)
-            found = UpdateResult(*result.tolist())
-            self.steps += found.finite
-            return found
-        result, gradient = self._graph(*self.vectors, numbers, x_0)
-        found = UpdateResult(*result.tolist())
-        if found.finite:
+            self.steps += result.finite
+        elif result.finite:
             self.optimizer.zero_grad(set_to_none=True)
-            for name, own in self.layout.views(gradient).items():
+            for name, own in self.layout.views(found[1]).items():
                 self.parameters[name].grad = own
             self.optimizer.step()
             if self._averaged:
                 with torch.no_grad():
                     self.vectors[-1].lerp_(self.vectors[0], average)
-        return found
+        return result
+
+    def _mean(self, x_0: Tensor, numbers: Tensor) -> Tensor:
+        """Gradient, loss and KL, means over the parts of all processes."""
+        with self.exchange.watching():
+            parts = x_0.chunk(self.accumulate)
+            (told,) = self._gradient(self.vectors[0], numbers, parts[0])
+            for part in parts[1:]:
+                told += self._gradient(self.vectors[0], numbers, part)[0]
+            told /= self.accumulate
+        if not self._alone:
+            loss, kl = told[self.layout.size : self.layout.size + 2].tolist()
+            self.exchange(told, loss, kl)
+        return told
 
 
 def _is_plain_adam(optimizer: torch.optim.Optimizer) -> bool:
