@@ -278,6 +278,7 @@ def failures(rank: int, folder: Path) -> dict[str, Any]:
 def compiled(rank: int, folder: Path) -> dict[str, Any]:
     """Updates as graphs, on the random numbers of the others."""
     found: dict[str, Any] = {}
+    warnings.simplefilter("error", RuntimeWarning)  # such as that there is no graph
     for name, graph in (("eager", False), ("graph", True)):
         programs = pair()
         options: dict[str, Any] = dict(batch_size=16, progress=False, ema_decay=0.9, seed=3)

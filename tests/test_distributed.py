@@ -172,11 +172,15 @@ def test_shares_make_up_the_batch():
         def at(self, iteration, batch_size):
             return X[iteration : iteration + batch_size]
 
-    parts = [DrawnBatches(Rows(), 8, lambda rows: rows, rank, 2, exact=True) for rank in range(2)]
+    parts = [
+        DrawnBatches(Rows(), 8, PROCESS.check_tokens, torch.device("cpu"), rank, 2, exact=True)
+        for rank in range(2)
+    ]
     assert torch.equal(torch.cat([part(5) for part in parts]), X[5:13])
     assert all(torch.equal(part.to_monitor(), X[5:13]) for part in parts)
     asked = []
-    drawn = DrawnBatches(lambda n: asked.append(n) or X[:n], 8, lambda rows: rows, 1, 2)
+    draw = lambda n: asked.append(n) or X[:n]  # noqa: E731
+    drawn = DrawnBatches(draw, 8, PROCESS.check_tokens, torch.device("cpu"), 1, 2)
     assert len(drawn(0)) == 4
     assert asked == [4]
 

@@ -90,7 +90,8 @@ class DrawnBatches:
             a method ``at(iteration, batch_size)`` gives the same batch to all processes, and each
             takes its share.
         batch_size: rows of a batch.
-        check: checks the rows, and puts them where they are to be.
+        check: checks the rows.
+        device: where they are to be.
         rank, size: number of this process, and how many there are.
         exact: whether rows of another number than asked for are refused.
     """
@@ -100,6 +101,7 @@ class DrawnBatches:
         draw: Callable[[int], Tensor],
         batch_size: int,
         check: Callable[[Tensor], Tensor],
+        device: torch.device,
         rank: int = 0,
         size: int = 1,
         exact: bool = False,
@@ -107,6 +109,7 @@ class DrawnBatches:
         self._draw, self._at = draw, getattr(draw, "at", None)
         self.batch_size = batch_size
         self._check = check
+        self._device = device
         self._size = size
         self._share = share_of(batch_size, rank, size)
         self._exact = exact
@@ -123,11 +126,12 @@ class DrawnBatches:
                 "divide them into equal parts"
             )
         self._latest = rows
-        return rows[self._share] if whole and self._size > 1 else rows
+        own = rows[self._share] if whole and self._size > 1 else rows
+        return own.to(self._device)
 
     def to_monitor(self) -> Tensor:
         """Rows of which the monitor may choose: those given last, of all processes if known."""
-        return self._latest
+        return self._latest.to(self._device)
 
 
 def check_divisible(

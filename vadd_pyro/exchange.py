@@ -23,14 +23,13 @@ from torch import Tensor
 
 from vadd_pyro.distributed import OtherProcessError, Processes, answering
 
-__all__ = ["Exchange", "GradientMean"]
+__all__ = ["Exchange", "GradientSum"]
 
 _TAIL = 4  # loss, KL, whether to stop, whether a process has failed
 
 
 class Exchange:
-    """The one vector that processes tell each other in an update: means over them, of equal
-    weight, in place.
+    """The one vector that processes tell each other in an update; its sum takes its place.
 
     Args:
         processes: who takes part.
@@ -61,39 +60,34 @@ class Exchange:
                 failed = self.empty()
                 failed[-1] = 1.0
                 with suppress(OtherProcessError):  # this process's own error is what matters here
-                    self._sum(failed)
+                    self.sum(failed)
                     self.processes.agree_on(error)
             raise
 
     def __call__(self, vector: Tensor, loss: float, kl: float) -> tuple[float, float]:
-        """Make a vector the mean of those of all processes; also of loss and KL.
+        """Make a vector the sum of those of all processes; also loss and KL, which are returned.
 
         Args:
             vector: ``(length + 4,)``, as from :meth:`empty`; the last four numbers are its own.
-            loss, kl: of this process's rows, nats per row.
+            loss, kl: what this process's rows add to those of a row of the batch, nats.
         """
         asked = float(self.processes.asked())
         vector[-_TAIL:] = vector.new_tensor([loss, kl, asked, 0.0])
-        self._sum(vector)
+        self.sum(vector)
         loss, kl, stop, failed = vector[-_TAIL:].tolist()
         if failed:
             self.processes.agree_on(None)
         self.processes.agreed = stop > 0
-        vector /= self.processes.size
-        return loss / self.processes.size, kl / self.processes.size
+        return loss, kl
 
-    def average(self, vector: Tensor) -> None:
-        """Make another vector the mean of those of all processes."""
-        self._sum(vector)
-        vector /= self.processes.size
-
-    def _sum(self, vector: Tensor) -> None:
+    def sum(self, vector: Tensor) -> None:
+        """Make a vector, with nothing added, the sum of those of all processes."""
         with answering():
             dist.all_reduce(vector)
 
 
-class GradientMean:
-    """The mean over processes of the gradients of parameters, with loss and KL.
+class GradientSum:
+    """The sum over processes of the gradients of parameters, with loss and KL.
 
     A parameter that has a gradient in some processes counts as zero in the others; one that has
     none in any has none in the end, as it would have in one process.
@@ -122,7 +116,7 @@ class GradientMean:
         return self._exchange.watching()
 
     def __call__(self, loss: float, kl: float) -> tuple[float, float]:
-        """Make the gradients the means over processes; also loss and KL, which are returned."""
+        """Make the gradients the sums over processes; also loss and KL, which are returned."""
         if self.processes.alone:
             return loss, kl
         with self.watching():
@@ -131,7 +125,7 @@ class GradientMean:
         loss, kl = self._exchange(main, loss, kl)
         for kind, vector in self._vectors.items():
             if kind != self._main:
-                self._exchange.average(vector)
+                self._exchange.sum(vector)
         present = main[-_TAIL - len(self.named) : -_TAIL].tolist()
         for (name, parameter), held in zip(self.named.items(), present, strict=True):
             if not held:

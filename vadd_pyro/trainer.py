@@ -28,7 +28,7 @@ from vadd_pyro.checkpoints import (
 from vadd_pyro.compiled import Update, compile_updates
 from vadd_pyro.distributed import Processes
 from vadd_pyro.elbo import MaskedDiffusionELBO
-from vadd_pyro.exchange import GradientMean
+from vadd_pyro.exchange import GradientSum
 from vadd_pyro.finite import NonFiniteLossError, blame_loss, clip_gradient, not_finite
 from vadd_pyro.history import History
 from vadd_pyro.monitor import Monitor
@@ -109,7 +109,7 @@ class Run:
                 "functions that use pyro.param or pyro.module"
             )
         self.parameters = parameters
-        self.mean = GradientMean(self.processes, self.weights.named)
+        self.total = GradientSum(self.processes, self.weights.named)
         if optimizer is None:
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
                 parameters, lr=self.configuration["learning_rate"], fused=True
@@ -144,7 +144,7 @@ class Run:
 
     def step(self) -> None:
         """One update."""
-        with (self.mean if self.update is None else self.update.exchange).watching():
+        with (self.total if self.update is None else self.update.exchange).watching():
             x_0 = self.batches(self.iteration)
         self.elbo.iteration = self.iteration
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
@@ -232,9 +232,9 @@ class Run:
         """Clipped gradient of the mean loss over the rows of all processes; that loss and the KL
         of a row. All are finite.
         """
-        with self.mean.watching():
+        with self.total.watching():
             value, kl = self._backward(x_0)
-        value, kl = self.mean(value, kl)
+        value, kl = self.total(value, kl)
         culprit = clip_gradient(self.weights.named, self.configuration["clip_norm"])
         if culprit:
             raise NonFiniteLossError(
@@ -244,8 +244,11 @@ class Run:
         return value, kl
 
     def _backward(self, x_0: Tensor) -> tuple[float, float]:
-        """Gradient of the mean loss over the rows of this process, part by part."""
+        """What the rows of this process add to the mean loss over those of all, part by part:
+        gradient, value and KL.
+        """
         value = kl = 0.0
+        num_rows = len(x_0) * self.processes.size
         self.optimizer.zero_grad(set_to_none=True)
         with ExitStack() as stack:
             if self.iteration:
@@ -253,9 +256,9 @@ class Run:
             for rows in x_0.chunk(self.accumulate):
                 with self.autocast(x_0.device):
                     terms = self.elbo.terms(self.model, self.guide, rows)
-                loss = terms.loss / len(x_0)
+                loss = terms.loss / num_rows
                 value += loss.item()
-                kl += terms.kl.item() / len(x_0)
+                kl += terms.kl.item() / num_rows
                 if not math.isfinite(value):
                     culprit = blame_loss(
                         float(terms.reconstruction),

@@ -343,14 +343,9 @@ def _batches(
             f"data must be a tensor of tokens or a function of the batch size, got "
             f"{type(data).__name__}"
         )
-    batches = DrawnBatches(
-        data,
-        batch_size,
-        lambda rows: check(rows, "data").to(device),
-        rank,
-        size,
-        exact=size * accumulate > 1,
-    )
+    exact = size * accumulate > 1
+    check_rows = partial(check, name="data")
+    batches = DrawnBatches(data, batch_size, check_rows, device, rank, size, exact)
     return batches, getattr(data, "fingerprint", "drawn by a function")
 
 

@@ -94,7 +94,7 @@ class Update:
         self.shape = x_0.shape
         self.accumulate = accumulate
         self._alone = processes.alone
-        self._whole = processes.alone and accumulate == 1
+        self._num_parts = processes.size * accumulate
         self._loss = loss
         x_0 = x_0.chunk(accumulate)[0]
         random = random_state()
@@ -125,7 +125,7 @@ class Update:
             self.vectors = [self.layout.joined([v.detach() for v in values]) for values in kept]
         inputs = [*self.vectors, self._numbers(kl_weight, [0.0] * len(self._groups), 1.0), x_0]
         with pyro.validation_enabled(False):
-            if self._whole:
+            if self._num_parts == 1:
                 self._graph = compile_graph(capture(self._traced, inputs), inputs)
             else:
                 self._make_two(inputs)
@@ -148,7 +148,8 @@ class Update:
 
         def of_part(values: Tensor, numbers: Tensor, x_0: Tensor) -> tuple[Tensor]:
             loss, kl, gradient = self._differentiated(values, numbers, x_0)
-            return (torch.cat([gradient, torch.stack([loss, kl]), gradient.new_zeros(2)]),)
+            told = torch.cat([gradient, torch.stack([loss, kl]), gradient.new_zeros(2)])
+            return (told / self._num_parts,)
 
         def of_all(*inputs: Tensor) -> tuple[Tensor, ...]:
             *vectors, numbers, told = inputs
@@ -162,7 +163,8 @@ class Update:
 
         def graph(*inputs: Tensor) -> Any:
             *vectors, numbers, x_0 = inputs
-            return self._rest(*vectors, numbers, *self._gradient(vectors[0], numbers, x_0))
+            (told,) = self._gradient(vectors[0], numbers, x_0)
+            return self._rest(*vectors, numbers, told * self._num_parts)
 
         self._graph = graph
 
@@ -345,7 +347,7 @@ class Update:
         """
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         numbers = self._numbers(kl_weight, rates, average)
-        if self._whole:
+        if self._num_parts == 1:
             found = self._graph(*self.vectors, numbers, x_0)
         else:
             found = self._rest(*self.vectors, numbers, self._mean(x_0, numbers))
@@ -369,7 +371,6 @@ class Update:
             (told,) = self._gradient(self.vectors[0], numbers, parts[0])
             for part in parts[1:]:
                 told += self._gradient(self.vectors[0], numbers, part)[0]
-            told /= self.accumulate
         if not self._alone:
             loss, kl = told[self.layout.size : self.layout.size + 2].tolist()
             self.exchange(told, loss, kl)
