@@ -45,4 +45,4 @@ $(ARVIZ1_READY): constraints-arviz1.txt
 	echo "ArviZ 1.x is not tested: its packages could not be installed with a Python 3.12 or later"
 
 clean:
-	rm -rf $(VENV) $(ARVIZ1) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) $(ARVIZ1) build dist *.egg-info .pytest_cache .mypy_cache .ruff_cache .hypothesis

@@ -1,7 +1,8 @@
 """Training step and sampling pass against hand-written PyTorch, in the same run.
 
 Networks and arithmetic are equal on both sides; variants take turns, and what is printed is the
-ratio of medians over the rounds. Usage:
+ratio of medians over the rounds. The step compiled, and the same in NumPyro where that is
+installed, take part. Usage:
 
     python benchmarks/speed.py [--sizes tiny,toy256] [--rounds 30] [--threads 1] [--json FILE]
 """
@@ -26,6 +27,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models, sample
+from vadd_pyro.compiled import Update
+from vadd_pyro.compiled.traced import TracedLoss
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
 
 
@@ -51,12 +54,13 @@ SIZES = {
     "bin784": Size(784, 2, 256, 256, 4, 16, 4),
     "text": Size(64, 64, 64, 128, 128, 16, 1, "transformer", 64),
 }
-TARGETS = {  # eager, ordinary user model / the package's own distributions
-    "tiny": (1.7, None),
-    "toy256": (1.12, 1.07),
-    "toy1024": (1.06, 1.03),
-    "bin784": (1.04, 1.03),
-    "text": (1.04, None),
+TARGETS = {  # eager: ordinary user model, the package's own distributions; compiled
+    "tiny": (1.7, None, 0.25),
+    "toy256": (1.12, 1.07, 0.55),
+    "toy1024": (1.06, 1.03, 0.55),
+    "bin64": (None, None, 0.50),
+    "bin784": (1.04, 1.03, 0.50),
+    "text": (1.04, None, 0.68),
 }
 
 
@@ -212,25 +216,47 @@ def medians(variants: dict[str, Callable[[], Any]], repeats: int, rounds: int) -
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def compiled(
+    model: nn.Module, guide: nn.Module, process: MaskingProcess, x_0: Tensor
+) -> Callable[[], Any]:
+    """The whole update as one graph, as ``fit(compile=True)`` runs it."""
+    loss = TracedLoss(MaskedDiffusionELBO(process), model, guide)
+    update = Update(loss, optimiser(model, guide), None, None, x_0, 1.0)
+    return lambda: update(x_0, 1.0, 0.0)
+
+
+def numpyro_step(size: Size, networks: Any, x_0: Tensor) -> Callable[[], Any] | None:
+    """The same step in NumPyro, jitted; None where it is not installed."""
+    try:
+        from numpyro_step import make_step
+    except ImportError:
+        return None
+    return make_step(size, *networks, x_0.numpy())
+
+
 def time_training(name: str, rounds: int) -> dict[str, float]:
     size = SIZES[name]
     process = MaskingProcess(size.vocab_size, size.length)
     torch.manual_seed(0)
     x_0 = torch.randint(size.vocab_size, (size.batch_size, size.length))
     decoder, encoder = networks(size, process)
-    pairs = [copy.deepcopy((decoder, encoder)) for _ in range(3)]
-    variants = {
+    pairs = [copy.deepcopy((decoder, encoder)) for _ in range(5)]
+    prior = models.StandardNormal(size.latent_dim)
+    variants: dict[str, Callable[[], Any]] = {
         "yardstick": yardstick(size, *pairs[0], x_0),
         "user": ours(
             UserModel(pairs[1][0], size.latent_dim), UserGuide(pairs[1][1]), process, x_0
         ),
         "package": ours(
-            models.VADD(pairs[2][0], models.StandardNormal(size.latent_dim)),
-            guides.AmortizedNormal(pairs[2][1]),
-            process,
-            x_0,
+            models.VADD(pairs[2][0], prior), guides.AmortizedNormal(pairs[2][1]), process, x_0
+        ),
+        "compiled": compiled(
+            models.VADD(pairs[3][0], prior), guides.AmortizedNormal(pairs[3][1]), process, x_0
         ),
     }
+    other = numpyro_step(size, pairs[4], x_0)
+    if other is not None:
+        variants["numpyro"] = other
     return medians(variants, size.steps, rounds)
 
 
@@ -284,17 +310,19 @@ def main() -> int:
     }
     print(
         f"{'training step':<14} {'yardstick ms':>13} {'user model':>11} {'target':>7} "
-        f"{'package':>8} {'target':>7}"
+        f"{'package':>8} {'target':>7} {'compiled':>9} {'target':>7} {'numpyro':>8}"
     )
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         for name in names:
             seconds = time_training(name, arguments.rounds)
             base = seconds["yardstick"]
             results["training"][name] = seconds
-            targets = ["-" if t is None else f"{t:.2f}" for t in TARGETS.get(name, (None, None))]
+            targets = ["-" if t is None else f"{t:.2f}" for t in TARGETS[name]]
+            other = f"{seconds['numpyro'] / base:>8.3f}" if "numpyro" in seconds else "       -"
             print(
                 f"{name:<14} {1e3 * base:>13.3f} {seconds['user'] / base:>11.3f} {targets[0]:>7} "
-                f"{seconds['package'] / base:>8.3f} {targets[1]:>7}",
+                f"{seconds['package'] / base:>8.3f} {targets[1]:>7} "
+                f"{seconds['compiled'] / base:>9.3f} {targets[2]:>7} {other}",
                 flush=True,
             )
         print(f"\n{'sampling':<14} {'steps':>6} {'naive ms':>9} {'package':>8}")

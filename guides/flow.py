@@ -13,7 +13,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import pyro
-import zuko
 from torch import Tensor
 
 from vadd_pyro.distributions import FlowDistribution
@@ -46,13 +45,15 @@ class AmortizedFlow(Program):
         context_dim: int = 32,
         bins: int = 8,
     ) -> None:
+        from zuko.flows import NSF
+
         super().__init__()
         check_size("latent_dim", latent_dim)
         check_size("num_transforms", num_transforms)
         check_size("context_dim", context_dim)
         check_size("bins", bins, least=2)
         self.head = Head(features, context_dim)
-        self.flow = zuko.flows.NSF(
+        self.flow = NSF(
             latent_dim,
             context=context_dim,
             transforms=num_transforms,

@@ -10,7 +10,6 @@ from pathlib import Path
 import pytest
 
 from vadd_pyro import cli
-from vadd_pyro.data import TOYS
 from vadd_pyro.runs import load_run
 
 ROOT = Path(__file__).parents[1]
@@ -74,10 +73,6 @@ def test_an_unwritable_folder_is_reported_before_training(tmp_path, capsys):
     taken.write_text("")
     assert cli.main(["demo", "--out", str(taken), "--no-progress"]) == 1
     assert "file" in capsys.readouterr().err
-
-
-def test_names_on_the_command_line_are_those_of_the_package():
-    assert set(cli._TOYS) == set(TOYS)
 
 
 @pytest.mark.parametrize("script", sorted(p.name for p in (ROOT / "examples").glob("*.py")))

@@ -25,7 +25,7 @@ from vadd_pyro import (
     guides,
     models,
 )
-from vadd_pyro.compiled import NotOneGraphError, Update
+from vadd_pyro.compiled import NotOneGraphError, Update, products
 from vadd_pyro.compiled import graphs as graphs_module
 from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.networks import silent_networks
@@ -136,7 +136,7 @@ def test_batches_of_another_size_run_uncompiled_in_between():
     assert_equal(both(annealed, rows=Uneven(), ema_decay=0.9))
 
 
-def test_frozen_parameters_and_those_without_gradient_stay(tmp_path):
+def test_frozen_parameters_and_those_without_gradient_stay():
     def programs():
         model, guide = pair()
         model.decoder.head.weight.requires_grad_(False)
@@ -151,6 +151,61 @@ def test_frozen_parameters_and_those_without_gradient_stay(tmp_path):
         assert torch.equal(model.unused.weight, before)
         found.append(state(model, guide))
     assert (found[0] - found[1]).abs().max() < 1e-4
+
+
+def test_a_module_that_prior_and_guide_share_is_trained_in_both():
+    found = []
+    for compiled in (False, True):
+        torch.manual_seed(0)
+        decoder = MLPDecoder(PROCESS, 2, hidden_dim=16, num_layers=2, embedding_dim=4)
+        encoder = MLPEncoder(PROCESS, 2, hidden_dim=16, num_layers=2, embedding_dim=4)
+        prior = models.VampPrior(encoder, 5)
+        model, guide = models.VADD(decoder, prior), guides.for_prior(prior, encoder)
+        before = encoder.head.weight.detach().clone()
+        fit(model, guide, annealed(), X, 6, **OPTIONS, compile=compiled)
+        assert isinstance(encoder.head.weight, nn.Parameter)
+        assert (encoder.head.weight - before).abs().max() > 1e-3
+        found.append(state(model, guide))
+    assert (found[0] - found[1]).abs().max() < 1e-4
+
+
+def test_rows_that_lie_otherwise_in_memory_are_the_same_rows():
+    columns = X.t().contiguous().t()
+
+    class Columns:
+        fingerprint = "columns"
+
+        def __call__(self, batch_size):
+            return columns[:batch_size]
+
+        def at(self, iteration, batch_size):
+            return columns[5 * iteration :][:batch_size] if iteration % 2 else X[:batch_size]
+
+    assert_equal(both(annealed, rows=Columns()))
+
+
+def test_drawn_rows_are_those_of_the_uncompiled_run():
+    def drawn(batch_size):
+        return X[torch.randint(200, (batch_size,))]
+
+    assert_equal(both(lambda: annealed(num_particles=2), rows=drawn))
+
+
+def test_an_optimiser_with_a_hook_steps_by_itself():
+    def optimizer(parameters):
+        adam = torch.optim.Adam(parameters, lr=0.1)
+
+        def clamp(*args: Any) -> None:
+            with torch.no_grad():
+                for p in parameters:
+                    p.clamp_(-0.2, 0.2)
+
+        adam.register_step_post_hook(clamp)
+        return adam
+
+    runs = both(annealed, optimizer=optimizer)
+    assert_equal(runs, 1e-4)
+    assert float(runs[1][1].abs().max()) <= 0.2 + 1e-6
 
 
 class Killed(BaseException):
@@ -212,7 +267,7 @@ def test_programs_have_their_own_parameters_afterwards():
 
 
 class Explodes(Program):
-    """A prior whose scale leaves the numbers when its parameter passes a line."""
+    """A prior whose scale is no number for rows of twos alone."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -246,6 +301,8 @@ def test_a_loss_that_is_no_number_leaves_the_weights_as_they_were(tmp_path):
             **options,
         )
     assert state(model, guide).isfinite().all()
+    kept = torch.load(tmp_path / "run.pt", weights_only=True)
+    assert torch.equal(kept["weights"]["model"]["decoder.head.weight"], model.decoder.head.weight)
 
 
 # ------------------------------------------------------------------------------ why it cannot
@@ -268,6 +325,10 @@ class Odd(Program):
             shift = 0.1 * np.random.rand()
         if self.what == "buffers":
             self.count += 1
+        if self.what == "tokens by way of numpy" and batch.x_0 is not None:
+            shift = 0.1 * torch.from_numpy(batch.x_0.numpy()[0, :2].astype(np.float32))
+        if self.what == "iterations":
+            shift = 0.01 * self.elbo.iteration
         if self.what == "store":
             shift = pyro.param("shift", torch.zeros(2))
         return dist.Normal(self.loc + shift, torch.ones(2)).to_event(1)
@@ -277,6 +338,8 @@ REASONS = {
     "values": "look at the values|RuntimeError",
     "numpy": "random numbers from Python or NumPy",
     "buffers": "change the buffers .*count",
+    "tokens by way of numpy": "",
+    "iterations": "where the programs give",
     "store": "held by Pyro's store alone",
 }
 
@@ -306,7 +369,9 @@ def test_what_is_no_graph_has_its_networks_compiled_and_a_line_says_why(what, mo
         model, guide = odd(what)
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
-            fit(model, guide, annealed(), X, 5, **OPTIONS, compile=use)
+            elbo = annealed()
+            model.prior.elbo = elbo
+            fit(model, guide, elbo, X, 5, **OPTIONS, compile=use)
         found.append(state(model, guide))
         lines = [str(w.message) for w in caught if w.category is RuntimeWarning]
         assert len(lines) == use
@@ -425,6 +490,46 @@ def test_silent_networks_are_the_largest_without_statements():
     batch = PROCESS.corrupt(X[:5], 0.5)
     found = silent_networks([guide], lambda: guide(batch))
     assert found == [guide.first, guide.other[0]]
+
+
+@pytest.mark.skipif(not products.has_onednn(), reason="torch was built without oneDNN")
+@pytest.mark.parametrize("faster", [False, True])
+def test_products_go_where_they_are_faster_and_stay_the_same(faster, monkeypatch):
+    def function(x, w, b):
+        h = torch.addmm(b, x, w.t())
+        small = h[:4, :4] @ h[:4, :4]
+        return h @ w, h.t() @ x, small
+
+    inputs = torch.randn(200, 130), torch.randn(150, 130), torch.randn(150)
+    seconds = []
+
+    def measured(call):
+        call()
+        # Calls take turns, the usual one first.
+        seconds.append(1.0 if len(seconds) % 2 == 0 else 1.0 - 0.1 * faster)
+        return seconds[-1]
+
+    monkeypatch.setattr(products, "_seconds", measured)
+    graph = graphs_module.capture(function, inputs)
+    decisions = products.choose_products(graph)
+    assert list(decisions.values()) == [faster] * 3  # the small one is not asked about
+    assert len(seconds) == 3 * 2 * products._ROUNDS
+    used = graph.graph.find_nodes(op="call_function", target=torch.ops.vadd_pyro.linear.default)
+    assert len(used) == 3 * faster
+    for found, expected in zip(graph(*inputs), function(*inputs), strict=True):
+        assert torch.allclose(found, expected, atol=1e-3)
+    # A resumed run does as it did, whatever would be measured now.
+    again = graphs_module.capture(function, inputs)
+    first = next(iter(decisions))
+    told = {**decisions, first: not faster}
+    assert products.choose_products(again, told) == told
+    assert len(seconds) == 3 * 2 * products._ROUNDS
+
+
+def test_without_onednn_products_stay(monkeypatch):
+    monkeypatch.setattr(products, "has_onednn", lambda: False)
+    graph = graphs_module.capture(lambda x: (x @ x,), [torch.randn(200, 200)])
+    assert products.choose_products(graph) == {}
 
 
 # ------------------------------------------------------------------------------ the module form

@@ -7,6 +7,7 @@ import math
 import numpy as np
 import pytest
 import torch
+from sklearn.datasets import make_swiss_roll
 
 from vadd_pyro import data, metrics
 
@@ -39,6 +40,18 @@ def test_checkerboard_is_known_in_closed_form():
     p = density.probabilities
     independent = p.sum(1, keepdim=True) * p.sum(0, keepdim=True)
     assert metrics.jensen_shannon(independent, p) == pytest.approx(0.2158, abs=1e-3)
+
+
+@pytest.mark.parametrize(
+    ("density", "noise", "divisor"),
+    [(data.swiss_roll(2000), 1.0, 5.0), (data.swiss_roll_es(2000), 0.45, 7.5)],
+    ids=["swiss_roll", "swiss_roll_es"],
+)
+def test_the_swiss_rolls_are_those_of_scikit_learn(density, noise, divisor):
+    seed = int(np.random.default_rng(3).integers(2**31))
+    points, _ = make_swiss_roll(20_000, noise=noise, random_state=seed)
+    expected = density.tokenize(points[:, [0, 2]] / divisor)
+    assert (density.sample(20_000, seed=3) == expected).all()
 
 
 def test_protocol_es_and_e8_have_49_edges_on_their_range():

@@ -119,7 +119,7 @@ def test_a_run_goes_on_in_another_number_of_processes(found, place, reference):
     assert two["warnings"] == []
     stopped = load_checkpoint(place / "two.pt")
     assert stopped["iteration"] == 10
-    assert len(stopped["random_of_others"]) == 1
+    assert len(stopped["other_processes"]) == 1
     with pytest.warns(RuntimeWarning, match="of 2 processes, and goes on in 1 with other random"):
         back, _ = same_rows(place / "two.pt")
     assert close(back, weights)
@@ -142,10 +142,10 @@ def test_as_many_processes_go_on_bit_for_bit(found, place):
     assert torch.equal(one["whole"]["weights"], two["whole"]["weights"])
     assert one["whole"]["history"]["monitor_iteration"] == [7, 14, 20]
     first, second = (load_checkpoint(place / f"{name}.pt") for name in ("whole", "killed"))
-    states = [[c["random"], *c["random_of_others"]] for c in (first, second)]
+    states = [[s["random"]["torch"] for s in (c, *c["other_processes"])] for c in (first, second)]
     for whole, again in zip(*states, strict=True):
-        assert torch.equal(whole["torch"], again["torch"])
-    assert not torch.equal(states[0][0]["torch"], states[0][1]["torch"])
+        assert torch.equal(whole, again)
+    assert not torch.equal(*states[0])
 
 
 def test_seeds_of_processes_and_iterations_differ_and_one_alone_keeps_its_own():
@@ -347,7 +347,7 @@ def test_torchrun_trains_one_run(tmp_path):
     assert all(-20 < value < 0 for value in bound["values"])
     checkpoint = load_checkpoint(tmp_path / "run" / "model.pt")
     assert checkpoint["iteration"] == 12
-    assert len(checkpoint["random_of_others"]) == 1
+    assert len(checkpoint["other_processes"]) == 1
     # The same command goes on alone: nothing is left to do but the last stage's file.
     (tmp_path / "run" / "run.pt").unlink()
     with pytest.warns(RuntimeWarning, match="of 2 processes, and goes on in 1"):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
+import math
 import os
 import pickle
 import re
@@ -153,7 +155,7 @@ def test_what_dead_processes_left_half_written_goes_and_what_others_write_stays(
 def test_a_damaged_checkpoint_is_refused_and_the_one_before_offered(kind, tmp_path):
     path = tmp_path / "run.pt"
     with pytest.raises(Interrupted):
-        train(path, Stream(27, signalling(signal.SIGINT)))
+        train(path, Stream(27, signalling(signal.SIGTERM)))
     damage(path, kind)
     programs = pair()
     before = state(*programs)
@@ -403,3 +405,25 @@ def test_a_full_disk_or_a_damaged_checkpoint_stops_a_comparison_and_costs_no_cel
     (place / "checkpoint.pt").unlink()
     assert cli.main(command) == 0
     assert sorted(p.name for p in place.iterdir()) == ["result.json", "run.pt"]
+
+
+def test_the_soak_tells_growth_from_noise():
+    spec = importlib.util.spec_from_file_location("soak", TESTS.parent / "benchmarks" / "soak.py")
+    soak = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(soak)
+    assert soak.resident() > 50
+    minutes = [i / 20 for i in range(200)]
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.randn(200, generator=generator).tolist()
+    for slope in (0.0, 0.3):
+        warming = [
+            400 + slope * t + e + 50 * math.exp(-5 * t)
+            for t, e in zip(minutes, noise, strict=True)
+        ]
+        found = soak.growth(minutes, warming)
+        assert abs(found.slope - slope) < 4 * found.stderr
+        assert 0 < found.stderr < 0.1
+    # Values that hang together say less than as many that do not.
+    drift = torch.tensor(noise).cumsum(0).tolist()
+    assert soak.growth(minutes, drift).stderr > 3 * found.stderr
+    assert math.isinf(soak.growth(minutes[:10], noise[:10]).stderr)

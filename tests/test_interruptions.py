@@ -41,6 +41,17 @@ from vadd_pyro.locks import locked, locked_folder
 # ----------------------------------------------------------------------------------------- signals
 
 
+@pytest.fixture(autouse=True)
+def _usual_handlers():
+    """Those of a program in the foreground; one in the background may ignore SIGINT."""
+    former = {s: signal.getsignal(s) for s in (signal.SIGINT, signal.SIGTERM)}
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    yield
+    for one, handler in former.items():
+        signal.signal(one, handler)
+
+
 @pytest.mark.parametrize("one", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_the_update_writes_and_says_so(one, tmp_path):
     path = tmp_path / "run.pt"

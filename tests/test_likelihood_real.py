@@ -307,7 +307,7 @@ def test_steps_are_drawn_with_equal_chances_and_no_more_than_asked_for():
     model = models.MDM(decoder)
     x = all_rows(2, 5)
     one_token_bound(model, guides.NoLatent(), process, x, num_terms=3, num_draws=400, seed=1)
-    counts = torch.cat(masked[1:]).bincount()  # the first call is a look at the pair
+    counts = torch.cat(masked[5:]).bincount()  # the first calls are looks at the pair
     assert counts[0] == 0
     assert counts.sum() == 3 * 32 * 400
     expected = 3 * 32 * 400 / 5
@@ -349,7 +349,7 @@ def test_the_guide_is_asked_for_one_position_and_told_the_time():
             pyro.sample("z", dist.Normal(z_loc, z_scale).to_event(1))
 
     one_token_bound(model, guide, process, torch.randint(3, (5, 4)), num_draws=2, seed=1)
-    for batch in seen[1:]:
+    for batch in seen[2:]:  # the first are looks at the pair
         assert (batch.target.sum(-1) == 1).all()
         assert (batch.target <= batch.masked).all()
         left = batch.masked.sum(-1) / 4
@@ -386,3 +386,38 @@ def test_what_makes_no_sense_is_refused(options, message):
     pair = small_pair("none", PROCESS)
     with pytest.raises(ValueError, match=message):
         one_token_bound(*pair, PROCESS, ROWS, **options)
+
+
+@pytest.mark.parametrize("cheat", ["prior", "decoder", "noisy input", "once visible", "none"])
+def test_a_model_that_looks_behind_the_mask_has_no_bound(cheat):
+    model, guide = small_pair("standard_normal", PROCESS)
+
+    def program(batch):
+        clean = batch.x_0.float() / 3 if batch.x_0 is not None else torch.zeros(len(batch), 3)
+        visible = batch.x_t.float().masked_fill(batch.masked, 0.0) / 3
+        with pyro.plate("data", len(batch), dim=-1):
+            told = clean if cheat == "prior" else visible
+            loc = torch.stack([told.sum(-1), torch.zeros(len(batch))], -1)
+            z = pyro.sample("z", dist.Normal(loc, 1.0).to_event(1))
+            logits = model.decoder(batch.x_t, z, batch.t)
+            if cheat == "decoder":
+                logits = logits + 1e-2 * clean.unsqueeze(-1) * torch.arange(3.0)
+            if cheat == "noisy input":
+                less = (1 - batch.t).reshape(-1, 1, 1)
+                logits = logits + less * clean.unsqueeze(-1) * torch.arange(3.0)
+            if cheat == "once visible":
+                seen = ~batch.masked.all(-1).reshape(-1, 1, 1)
+                logits = logits + seen * clean.roll(1, -1).unsqueeze(-1) * torch.arange(3.0)
+            law = dist.Categorical(logits=logits).mask(batch.target).to_event(1)
+            pyro.sample("x_0", law, obs=batch.x_0)
+
+    for bound in (
+        lambda: log_likelihood_bound(program, guide, PROCESS, ROWS, 2, num_draws=2, seed=0),
+        lambda: one_token_bound(program, guide, PROCESS, ROWS, num_draws=2, seed=0),
+    ):
+        if cheat == "none":
+            assert bound().value.isfinite().all()
+            continue
+        site = "'z'" if cheat == "prior" else "'x_0'"
+        with pytest.raises(ValueError, match=f"site {site} depends on batch.x_0 at masked"):
+            bound()

@@ -22,7 +22,7 @@ PACKAGE = ROOT / "vadd_pyro"
 
 # Each module may import those before it, and nothing else of the package.
 LAYERS = [
-    {"_version", "history", "rates", "schedules"},
+    {"_version", "history", "names", "rates", "schedules"},
     {"process"},
     {"times", "distributions", "recorder", "programs", "checkpoints", "metrics", "nn", "plotting"},
     {"finite", "interruption", "locks"},

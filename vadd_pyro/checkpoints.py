@@ -290,7 +290,7 @@ def _way_out(path: Path) -> str:
         return ""
     try:
         iteration = _read(previous, "cpu").get("iteration")
-    except ValueError as error:
+    except (ValueError, OSError) as error:
         return f". Nor can the one before it: {error}"
     return (
         f". The one before it, {previous}, of iteration {iteration}, is whole: remove {path} and "

@@ -1,4 +1,7 @@
-"""The command ``vadd-pyro``."""
+"""The command ``vadd-pyro``.
+
+Arguments are parsed without torch, which takes seconds to load: each command imports what it runs.
+"""
 
 from __future__ import annotations
 
@@ -10,21 +13,11 @@ from functools import partial
 from typing import Any
 
 from vadd_pyro import cli_experiments
-from vadd_pyro.cli_experiments import positive, seed, separated
+from vadd_pyro.cli_experiments import known, positive, seed
 from vadd_pyro.interruption import Interrupted, terminable
+from vadd_pyro.names import TOYS, list_names
 
 __all__ = ["main"]
-
-_TOYS = (
-    "checkerboard",
-    "circles",
-    "eight_modes",
-    "moons",
-    "pinwheel",
-    "swiss_roll",
-    "swiss_roll_es",
-    "two_spirals",
-)
 
 
 def _rate(text: str) -> float:
@@ -51,13 +44,15 @@ def _add_compare(commands: Any) -> None:
         "path such as mypkg.mine:MyPrior stands for something of your own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    names: dict[str, Any] = {"type": separated, "metavar": "NAME[,NAME...]"}
     add = compare.add_argument
-    add("--data", default="checkerboard,swiss_roll,d2", help="toys, d1, d2, tied_bits", **names)
-    add("--priors", default="none,standard_normal,categorical", help="laws of the latent", **names)
-    add("--guides", default="auto", help="recognition networks", **names)
-    add("--objectives", default="delbo", help="what is optimised", **names)
-    add("--times", default="balanced", help="where training looks", **names)
+    for kind, default, text in (
+        ("data", "checkerboard,swiss_roll,d2", "toys, d1, d2, tied_bits"),
+        ("priors", "none,standard_normal,categorical", "laws of the latent"),
+        ("guides", "auto", "recognition networks"),
+        ("objectives", "delbo", "what is optimised"),
+        ("times", "balanced", "where training looks"),
+    ):
+        add(f"--{kind}", type=known(kind), default=default, metavar="NAME[,NAME...]", help=text)
     number: dict[str, Any] = {"type": positive, "metavar": "N"}
     add("--seeds", default=3, help="number of seeds, counted from 0", **number)
     add("--num-iterations", help="updates per model; by default each prior's own", **number)
@@ -115,10 +110,10 @@ def _parser() -> argparse.ArgumentParser:
         "distances to the data at 1, 2, 4, 8 steps, write results.json and a figure.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,
     )
-    demo.add_argument("--data", choices=_TOYS, default="checkerboard", help="toy density")
+    demo.add_argument("--data", choices=TOYS, default="checkerboard", help="toy density")
     demo.add_argument(
         "--priors",
-        type=separated,
+        type=known("priors"),
         default="none,standard_normal,categorical",
         metavar="NAME[,NAME...]",
         help="latent priors to compare; 'vadd-pyro compare --list' lists them",
@@ -139,15 +134,9 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    from vadd_pyro import zoo
+def _demo(arguments: argparse.Namespace) -> int:
     from vadd_pyro.demo import run_demo
 
-    try:
-        for prior in arguments.priors:
-            zoo.check("priors", prior)
-    except ValueError as error:
-        parser.error(str(error))
     run_demo(
         arguments.data,
         arguments.priors,
@@ -160,11 +149,11 @@ def _demo(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int
 
 
 def _compare(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if arguments.list:
+        print(list_names())
+        return 0
     from vadd_pyro import compare
 
-    if arguments.list:
-        print(compare.list_names())
-        return 0
     if arguments.report_only:
         print(compare.report_folder(arguments.out))
         return 0
@@ -241,14 +230,14 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     if arguments.command == "inspect":
         return _inspect(arguments)
     status = cli_experiments.run(arguments, parser)
-    return _demo(arguments, parser) if status is None else status
+    return _demo(arguments) if status is None else status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = _parser()
-    arguments = parser.parse_args(argv)
     try:
+        arguments = parser.parse_args(argv)
         with terminable():
             return _run(arguments, parser)
     except (ValueError, OSError, ArithmeticError, ImportError) as error:

@@ -5,12 +5,12 @@ from __future__ import annotations
 import argparse
 import ast
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
-__all__ = ["add_commands", "positive", "run", "seed", "separated"]
+from vadd_pyro.names import BACKBONES, DATA_SETS, MODELS, PRECISIONS, check, check_preset
 
-_DATA = ("digits", "mnist", "cifar10", "text8", "text", "table", "hub")
-_MODELS = ("vadd", "mdm")
+__all__ = ["add_commands", "known", "positive", "run", "seed", "separated"]
 
 
 def positive(text: str) -> int:
@@ -35,12 +35,25 @@ def separated(text: str) -> list[str]:
     return list(dict.fromkeys(names))
 
 
+def _known(kind: str, name: str) -> str:
+    try:
+        check(kind, name)
+    except ValueError as error:
+        raise argparse.ArgumentTypeError(str(error)) from error
+    return name
+
+
+def known(kind: str) -> Callable[[str], list[str]]:
+    """Type of an argument: names separated by commas, see :func:`vadd_pyro.names.check`."""
+    return lambda text: [_known(kind, name) for name in separated(text)]
+
+
 def _models(text: str) -> list[str]:
     names = separated(text)
-    unknown = [name for name in names if name not in _MODELS]
+    unknown = [name for name in names if name not in MODELS]
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"expected {' or '.join(_MODELS)}, or both, got {unknown[0]!r}"
+            f"expected {' or '.join(MODELS)}, or both, got {unknown[0]!r}"
         )
     return names
 
@@ -110,20 +123,20 @@ def _add_train(commands: Any) -> None:
         "Names of priors, guides and times: vadd-pyro compare --list.",
     )
     add = train.add_argument
-    add("data", choices=_DATA, help="what to train on")
+    add("data", choices=DATA_SETS, help="what to train on")
     add("path", nargs="?", help="file or folder of the data; by default the loader's own")
     add("--model", type=_models, default=["vadd"], metavar="vadd|mdm", help="vadd, mdm or both")
     add("--preset", default="laptop", metavar="NAME", help="sizes and schedule; default laptop")
-    add("--prior", metavar="NAME", help="law of the latent")
-    add("--guide", metavar="NAME", help="recognition network")
-    add("--times", metavar="NAME", help="where training looks")
-    add("--backbone", metavar="NAME", help="mlp, residual, unet or transformer")
+    add("--prior", type=partial(_known, "priors"), metavar="NAME", help="law of the latent")
+    add("--guide", type=partial(_known, "guides"), metavar="NAME", help="recognition network")
+    add("--times", type=partial(_known, "times"), metavar="NAME", help="where training looks")
+    add("--backbone", choices=BACKBONES, help="what the networks are made of")
     add("--num-iterations", help="updates by the DELBO", **_NUMBER)
     add("--batch-size", help="rows per update", **_NUMBER)
     add("--learning-rate", type=float, metavar="X", help="step size of Adam")
     add("--latent-dim", help="size of a continuous latent", **_NUMBER)
     add("--num-codes", help="codes of a categorical one", **_NUMBER)
-    add("--precision", choices=("float32", "bfloat16"), help="of the networks")
+    add("--precision", choices=PRECISIONS, help="of the networks")
     add("--size", help="argument of the networks, such as hidden_dim=512", **_PAIR)
     add("--data-option", help="argument of the loader, such as length=64", **_PAIR)
     add("--set", help="any other setting, such as num_chain_iterations=500", **_PAIR)
@@ -231,11 +244,6 @@ def _measures(arguments: argparse.Namespace, data: str) -> dict[str, Any]:
 
 
 def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
-    import torch
-
-    from vadd_pyro.experiments.commands import run_train
-    from vadd_pyro.experiments.presets import preset
-
     given: dict[str, Any] = {
         name: getattr(arguments, name)
         for name in (
@@ -253,6 +261,16 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         for name, option in _MEASURES.items():
             if getattr(arguments, name) is not None:
                 parser.error(f"{option} needs --evaluate")
+    try:
+        check_preset(arguments.data, arguments.preset)
+    except ValueError as error:
+        parser.error(str(error))
+
+    import torch
+
+    from vadd_pyro.experiments.commands import run_train
+    from vadd_pyro.experiments.presets import preset
+
     try:
         settings = [
             preset(

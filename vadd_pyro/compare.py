@@ -14,8 +14,7 @@ from typing import Any
 
 import torch
 
-from vadd_pyro import data as data_sets
-from vadd_pyro import report, zoo
+from vadd_pyro import report
 from vadd_pyro.cells import Cell, Settings, run_cell
 from vadd_pyro.checkpoints import (
     check_writable,
@@ -25,6 +24,7 @@ from vadd_pyro.checkpoints import (
     write_json,
 )
 from vadd_pyro.locks import locked_folder
+from vadd_pyro.names import check, list_names
 from vadd_pyro.process import check_size
 
 __all__ = ["Settings", "grid", "list_names", "report_folder", "run_grid"]
@@ -60,10 +60,7 @@ def grid(
         if not names:
             raise ValueError(f"{kind} is empty: expected at least one name")
         for name in names:
-            if kind == "data":
-                data_sets.named(name)
-            else:
-                zoo.check(kind, name)
+            check(kind, name)
     cells = [
         # A model without latent has one guide, and the chain objective times of its own.
         Cell(
@@ -82,15 +79,6 @@ def grid(
         for prior in priors
     ]
     return list(dict.fromkeys(cells))
-
-
-def list_names() -> str:
-    """All known names of data, priors, guides, objectives and times, as text."""
-    lines = ["data: " + ", ".join(data_sets.NAMES)]
-    for kind in ("priors", "guides", "objectives", "times"):
-        known: Mapping[str, str] = getattr(zoo, kind.upper())
-        lines += ["", f"{kind}:", *[f"  {name:<26} {label}" for name, label in known.items()]]
-    return "\n".join(lines)
 
 
 def report_folder(out: str | Path) -> str:

@@ -139,6 +139,8 @@ class _Chains:
         if step == 1:
             target = masked
         moving = target.any(-1).nonzero().squeeze(-1)
+        if len(moving) == 0:  # nothing is revealed in any chain
+            return
         log_weight = self.log_weight.view(-1)
         for rows in moving.split(self.batch_size):
             t = torch.full((len(rows),), float(grid[step]), device=self.x.device)

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from pyro.distributions import Gamma, Independent, MixtureSameFamily, StudentT
-from scipy.special import gammaincinv, stdtrit
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
@@ -105,8 +104,12 @@ def _inverse_cdf(fn: Any, u: Tensor) -> Tensor:
 def _icdf(fn: Any, u: Tensor) -> Tensor:
     """Quantiles of a law of numbers; torch lacks some, which scipy has."""
     if isinstance(fn, StudentT):
+        from scipy.special import stdtrit
+
         return fn.loc + fn.scale * _special(stdtrit, fn.df, u)
     if isinstance(fn, Gamma):
+        from scipy.special import gammaincinv
+
         return _special(gammaincinv, fn.concentration, u) / fn.rate
     return fn.icdf(u)
 

@@ -37,16 +37,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.densities import score
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
 from vadd_pyro.programs import evaluation
-from vadd_pyro.recorder import Recorder
+from vadd_pyro.recorder import Recorder, Site, run
 from vadd_pyro.sampling import device_of, seeded
 from vadd_pyro.sites import data_plate, is_row_site
 
@@ -289,6 +291,7 @@ def chain_objective(
     probe = process.corrupt(x_0[:1], 1.0)
     inferred, generated = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
     _check_model(generated)
+    _check_blind(model, guide, process, x_0, args)
     if all(site.observed for site in inferred.sites.values()):
         num_particles = 1  # every latent is summed out: particles would all be the same
     elbo = MaskedDiffusionELBO(
@@ -319,3 +322,51 @@ def _check_model(model: Recorder) -> None:
                 f"the latent {name!r} stands outside the data plate: log p_T does not split into "
                 "rows"
             )
+
+
+def _check_blind(
+    model: Callable[..., Any],
+    guide: Callable[..., Any],
+    process: MaskingProcess,
+    x_0: Tensor,
+    args: tuple[Any, ...],
+) -> None:
+    """Refuse models that look at clean tokens behind the mask: a sampler has none there.
+
+    The laws of all sites are compared for rows that differ there alone, some of them all masked.
+    Programs that draw random numbers which no seed repeats cannot be told so.
+    """
+    rows = x_0[:4].repeat(3, 1)
+    times = torch.linspace(1 / 3, 1, len(rows), device=x_0.device)
+    probe = process.corrupt(rows, times, at_least_one=True)
+    other = torch.where(probe.masked, torch.randint_like(rows, process.vocab_size), rows)
+    inferred, _ = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
+    random = random_state()
+
+    def sites(batch: MaskedBatch) -> dict[str, Site]:
+        restore_random_state(random)
+        replay = Recorder(inferred.latent_values(), lambda msg: True, inferred.next_dim)
+        return run(model, replay, batch, *args).sites
+
+    first, again = sites(probe), sites(probe)
+    if _differing(first, again):
+        return
+    name = _differing(first, sites(replace(probe, x_0=other)))
+    if name:
+        raise ValueError(
+            f"the law of the model's site {name!r} depends on batch.x_0 at masked positions, "
+            "which a sampler does not know: what it scores is no bound on log p_T(x_0); read "
+            "batch.x_t instead"
+        )
+
+
+def _differing(sites: dict[str, Site], others: dict[str, Site]) -> str | None:
+    """A site whose law differs."""
+    for name in [*sites, *others]:
+        if name not in sites or name not in others:
+            return name
+        value = sites[name].value
+        own, told = (s[name].fn.log_prob(value) for s in (sites, others))
+        if not torch.allclose(own, told, 1e-4, 1e-4, equal_nan=True):
+            return name
+    return None

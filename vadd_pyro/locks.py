@@ -17,7 +17,6 @@ from typing import IO
 
 __all__ = ["InUseError", "locked", "locked_folder"]
 
-
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.ENOTSUP, errno.EOPNOTSUPP)
 
 

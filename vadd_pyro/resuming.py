@@ -8,12 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pyro
+import torch
 from torch import Tensor
 
 from vadd_pyro.checkpoints import restore_random_state
 from vadd_pyro.distributed import Processes
 
-__all__ = ["check_same_run", "estimated_size", "restore_random_states"]
+__all__ = ["check_same_run", "estimated_size", "moments_of", "restore_own"]
 
 _PARTS = (
     *("configuration", "iteration", "weights", "average", "parameter_names", "optimizer"),
@@ -21,7 +22,7 @@ _PARTS = (
 )
 # Bytes of a checkpoint: each tensor's header, an entry of the history, names and random states.
 _HEADER, _ENTRY, _BESIDE = 300, 100, 50_000
-_RANDOM = 15_000  # the random states of one more process
+_PROCESS = 15_000  # the random state of one more process
 
 
 def check_same_run(
@@ -51,15 +52,21 @@ def check_same_run(
             )
 
 
-def restore_random_states(path: Path, content: Mapping[str, Any], processes: Processes) -> None:
-    """Go on with the random numbers of a checkpoint, each process with its own.
+def restore_own(
+    path: Path, content: Mapping[str, Any], processes: Processes
+) -> dict[str, bool] | None:
+    """Go on with what each process of a checkpoint had of its own: its random numbers, and its
+    decisions on products (:mod:`vadd_pyro.compiled.products`), which are returned.
 
-    If it is of another number of processes, they start new ones, and a warning says so.
+    If it is of another number of processes, they start with new random numbers, and a warning says
+    so.
     """
-    states = [content["random"], *content.get("random_of_others", [])]
+    others: list[Mapping[str, Any]] = content.get("other_processes", [])
+    states = [content, *others]
     if len(states) == processes.size:
-        restore_random_state(states[processes.rank])
-        return
+        own = states[processes.rank]
+        restore_random_state(own["random"])
+        return own.get("products") or None
     pyro.set_rng_seed(processes.seed(content["configuration"]["seed"], content["iteration"]))
     if processes.first:
         warnings.warn(
@@ -68,6 +75,7 @@ def restore_random_states(path: Path, content: Mapping[str, Any], processes: Pro
             RuntimeWarning,
             stacklevel=4,
         )
+    return content.get("products") or None
 
 
 def estimated_size(tensors: Iterable[Any], num_entries: int, num_processes: int = 1) -> int:
@@ -79,4 +87,12 @@ def estimated_size(tensors: Iterable[Any], num_entries: int, num_processes: int 
         num_processes: how many random states it holds.
     """
     sizes = [t.numel() * t.element_size() + _HEADER for t in tensors if isinstance(t, Tensor)]
-    return sum(sizes) + _BESIDE + _ENTRY * num_entries + _RANDOM * (num_processes - 1)
+    return sum(sizes) + _BESIDE + _ENTRY * num_entries + _PROCESS * (num_processes - 1)
+
+
+def moments_of(optimizer: torch.optim.Optimizer, parameters: list[Tensor]) -> list[Any]:
+    """What an optimiser keeps. One that has made no step is taken for Adam, with two numbers for
+    each weight.
+    """
+    kept = [value for state in optimizer.state.values() for value in state.values()]
+    return kept if kept else [*parameters, *parameters]

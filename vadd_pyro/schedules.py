@@ -146,7 +146,8 @@ class CosineSchedule(Schedule):
         return -math.pi / 2 * torch.sin(math.pi / 2 * (1 - t))
 
     def weight(self, t: Tensor) -> Tensor:
-        return math.pi / 2 / torch.tan(math.pi / 2 * t.clamp_min(torch.finfo(t.dtype).tiny))
+        weight = math.pi / 2 / torch.tan(math.pi / 2 * t.clamp_min(torch.finfo(t.dtype).tiny))
+        return weight.clamp_min(0)  # at t = 1, where rounding takes the tangent past its pole
 
 
 class PolynomialSchedule(Schedule):

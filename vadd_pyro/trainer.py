@@ -33,7 +33,7 @@ from vadd_pyro.finite import NonFiniteLossError, blame_loss, clip_gradient, not_
 from vadd_pyro.history import History
 from vadd_pyro.monitor import Monitor
 from vadd_pyro.rates import scheduled_rate
-from vadd_pyro.resuming import check_same_run, estimated_size, restore_random_states
+from vadd_pyro.resuming import check_same_run, estimated_size, moments_of, restore_own
 from vadd_pyro.weights import NamedParameters, Weights
 
 __all__ = ["Run"]
@@ -71,6 +71,7 @@ class Run:
         self.elapsed = 0.0
         self.average: list[Tensor] | None = None
         self.update: Update | None = None
+        self._products: dict[str, bool] | None = None
         self.saved: tuple[Path, int] | None = None  # the newest checkpoint and its iteration
         self._since: list[tuple[float, float]] = []
         self._mark = time.perf_counter()
@@ -90,6 +91,7 @@ class Run:
                 self.elbo.loss(self.model, self.guide, first)
                 if self.accumulate * processes.size > 1:
                     check_divisible(self.elbo, self.model, self.guide, weights.modules, first)
+            self._first = first
             if self.monitor is not None:
                 self.monitor.choose(self.batches.to_monitor())
         processes.check_same(weights.tensors(), "after a first look at the loss")
@@ -120,7 +122,8 @@ class Run:
         if self.configuration["ema_decay"] is not None:
             self.average = [parameter.detach().clone() for parameter in parameters]
         self.configuration["optimizer"] = type(self.optimizer).__name__
-        self._buffers = self.weights.buffers()
+        self._buffers = self._moving = self.weights.buffers()
+        self._moving_known = False
         for module in self.weights.modules.values():
             # A module that is held fixed is not trained in its batch statistics either.
             module.train(any(p.requires_grad for p in module.parameters()))
@@ -188,14 +191,18 @@ class Run:
 
     def _eager_step(self, x_0: Tensor) -> tuple[float, float]:
         """One update by the programs as they are: loss and KL of a row."""
-        buffers = [buffer.clone() for buffer in self._buffers]
+        before = [buffer.clone() for buffer in self._moving]
         try:
             value, kl = self._differentiate(x_0)
         except NonFiniteLossError:
-            for buffer, kept in zip(self._buffers, buffers, strict=True):
+            for buffer, kept in zip(self._moving, before, strict=True):
                 buffer.copy_(kept)
             self._check_weights()  # theirs is the blame if they are no numbers
             raise
+        if not self._moving_known:  # most buffers are constants, which need no copy
+            both = zip(self._moving, before, strict=True)
+            self._moving = [buffer for buffer, kept in both if not torch.equal(buffer, kept)]
+            self._moving_known = True
         if self.update is not None:
             self.update.flush()
         self.optimizer.step()
@@ -211,18 +218,17 @@ class Run:
     def compile(self, stack: ExitStack) -> None:
         """Compile the updates, as far as the programs allow it, until ``stack`` is closed."""
         self.elbo.iteration = self.iteration
-        with self.processes.together():
-            x_0 = self.batches(self.iteration)
         self.update = compile_updates(
             self.elbo,
             self.model,
             self.guide,
-            x_0,
+            self._first,
             optimizer=self.optimizer,
             average=self.average,
             parameters=self.parameters,
             clip_norm=self.configuration["clip_norm"],
             half=self.configuration.get("precision") == "bfloat16",
+            products=self._products,
             accumulate=self.accumulate,
             processes=self.processes,
             stack=stack,
@@ -321,16 +327,9 @@ class Run:
         self._mark = now
 
     def checkpoint_size(self, num_entries: int) -> int:
-        """About how many bytes a checkpoint takes.
-
-        An optimiser that has made no step is taken for Adam, with two numbers for each weight.
-
-        Args:
-            num_entries: entries of the history in the end.
-        """
+        """About how many bytes a checkpoint takes, with so many entries of the history."""
         tensors = [*self.parameters, *self._buffers, *(self.average or [])]
-        kept = [v for state in self.optimizer.state.values() for v in state.values()]
-        tensors += kept if kept else [*self.parameters, *self.parameters]
+        tensors += moments_of(self.optimizer, self.parameters)
         return estimated_size(tensors, num_entries, self.processes.size)
 
     def save(self, path: Path) -> None:
@@ -342,7 +341,8 @@ class Run:
         if self.update is not None:
             self.update.flush()
         self.processes.check_same(self.weights.tensors(), f"after iteration {self.iteration}")
-        states = self.processes.gather(random_state())
+        products = {} if self.update is None else self.update.products
+        told = self.processes.gather({"random": random_state(), "products": products})
         content = {
             "configuration": self.configuration,
             "iteration": self.iteration,
@@ -350,8 +350,8 @@ class Run:
             "average": self.average,
             "parameter_names": list(self.weights.named),
             "optimizer": self.optimizer.state_dict(),
-            "random": states[0],
-            "random_of_others": states[1:],
+            **told[0],
+            "other_processes": told[1:],
             "history": self.history.to_dict(),
             "since": [list(pair) for pair in self._since],
             "smooth": [self.smooth_loss, self.smooth_kl],
@@ -382,7 +382,7 @@ class Run:
         self.smooth_loss, self.smooth_kl = content["smooth"]
         self.elapsed = content["elapsed"]
         self.saved = path, self.iteration
-        restore_random_states(path, content, self.processes)
+        self._products = restore_own(path, content, self.processes)
 
     def _read(self, path: Path) -> dict[str, Any]:
         """A checkpoint, which the first process reads for all."""

@@ -204,16 +204,16 @@ def fit(
 
     Raises:
         ValueError: for bad arguments or data, before anything is trained; for a checkpoint of
-        another run, or damaged (:class:`vadd_pyro.DamagedCheckpointError`, which says
-        how to go on from the one before); if another process trains into it
-        (:class:`vadd_pyro.InUseError`). NonFiniteLossError: naming the iteration and the
-        term or parameter; the programs hold the weights before that update, the checkpoint on
-        disk a good state. :class:`vadd_pyro.CheckpointWriteError`: if the disk has no
-        room for the checkpoints, or no more; the last one is intact. Interrupted: after SIGINT or
-        SIGTERM, at the end of the update, with a checkpoint written and the programs left as at
-        the end; a KeyboardInterrupt. A second Ctrl-C stops at once. OtherProcessError: if another
-        process has failed, and how is not known here; ProcessesDifferError: if the processes have
-        not called this alike, or their weights have come apart.
+        another run, or a damaged one (DamagedCheckpointError, which says how to go on from the
+        one before); if another process trains into it (InUseError).
+        CheckpointWriteError: if the disk has no room for the checkpoints, or no more; the last one
+        is intact, and the programs are left as at the end.
+        NonFiniteLossError: naming the iteration and the term or parameter; the programs hold the
+        weights before that update, and the checkpoint on disk is the last good one.
+        Interrupted: a KeyboardInterrupt, after SIGINT or SIGTERM; the update was finished, a
+        checkpoint written, and the programs are left as at the end. A second Ctrl-C stops at once.
+        OtherProcessError: if another process has failed, or ended, otherwise than by one of these.
+        ProcessesDifferError: if processes have not called this alike, or their weights differ.
     """
     arguments = {k: v for k, v in locals().items() if k not in ("model", "guide", "elbo", "data")}
     processes = Processes.current()

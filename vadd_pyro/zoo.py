@@ -1,23 +1,18 @@
 r"""The zoo by name: priors, guides, objectives, distributions of times, and the user's own.
 
-A prior or guide is named in one of three ways: a name of the tables below; an import path
-``package.module:Attribute``; or the name of an entry point of the group ``vadd_pyro.priors`` or
-``vadd_pyro.guides``. What a path or entry point leads to is the thing itself, a function of
-``batch``, or makes it: a class or function that takes any of the arguments ``process``,
-``latent_dim``, ``num_codes``, ``state`` (features of the state, for a conditional prior),
-``features`` (recognition features, for a guide), ``prior`` and ``model``, by these names. Networks
-are those of one backbone (:mod:`vadd_pyro.nn.networks`), perceptrons by default.
+A prior or guide is named by the tables of :mod:`vadd_pyro.names`, or by an import path or entry
+point. What such a path or entry point leads to is the thing itself, a function of ``batch``, or
+makes it: a class or function that takes any of the arguments ``process``, ``latent_dim``,
+``num_codes``, ``state`` (features of the state, for a conditional prior), ``features``
+(recognition features, for a guide), ``prior`` and ``model``, by these names. Networks are those of
+one backbone (:mod:`vadd_pyro.nn.networks`), perceptrons by default.
 """
 
 from __future__ import annotations
 
 import copy
-import importlib
 import inspect
-import sys
 from collections.abc import Callable
-from importlib.metadata import entry_points
-from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -26,6 +21,7 @@ from vadd_pyro import guides, models
 from vadd_pyro.annealing import CyclicalAnnealing, LinearAnnealing
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.guides.matching import look_at
+from vadd_pyro.names import GUIDES, OBJECTIVES, PRIORS, TIMES, check, resolve
 from vadd_pyro.nn import MLPNetworks, Networks
 from vadd_pyro.process import MaskingProcess
 from vadd_pyro.times import (
@@ -51,61 +47,6 @@ __all__ = [
     "times_named",
 ]
 
-PRIORS = {
-    "none": "MDM (no latent)",
-    "standard_normal": "N(0, I)",
-    "learned_normal": "learned normal",
-    "conditional_normal": "normal given x_t",
-    "mixture": "mixture of 32 normals",
-    "conditional_mixture": "mixture given x_t",
-    "vamp": "VampPrior",
-    "flow": "flow",
-    "conditional_flow": "flow given x_t",
-    "hierarchical": "hierarchy of 2",
-    "student_t": "Student t",
-    "laplace": "Laplace",
-    "spherical": "sphere",
-    "categorical": "codes",
-    "conditional_categorical": "codes given x_t",
-    "product": "product of codes",
-    "product_one_hot": "product, one-hot",
-}
-GUIDES = {
-    "auto": "the family that fits",
-    "mean_field": "mean-field normal",
-    "low_rank": "low-rank normal",
-    "full": "full-covariance normal",
-    "mixture": "mixture of normals",
-    "flow": "flow",
-    "semi_amortized": "semi-amortised normal",
-    "relative": "normal relative to the prior",
-    "hierarchical": "top-down hierarchy",
-    "bottom_up": "bottom-up hierarchy",
-    "spherical": "projected normal",
-    "enumerate": "codes, enumerated",
-    "score": "codes, score function",
-    "straight_through": "codes, straight-through",
-    "none": "no guide (summed out)",
-}
-OBJECTIVES = {
-    "delbo": "DELBO",
-    "chain": "T-step bounds, T = 1, 2, 4, 8",
-    "iwae": "DELBO, 8 importance samples",
-    "dreg": "the same, doubly reparameterised",
-    "renyi": "DELBO, Renyi alpha 1/2, 8 draws",
-    "free_bits": "DELBO, 0.1 nats free a dimension",
-    "cyclical": "DELBO, cyclical annealing",
-    "no_annealing": "DELBO, KL weight 1 throughout",
-}
-TIMES = {
-    "uniform": "uniform",
-    "balanced": "balanced",
-    "atom": "a quarter at t = 1, rest balanced",
-    "atom_uniform": "30 % at t = 1, rest uniform",
-    "grid": "points of 1, 2, 4, 8 steps",
-    "few_step": "points of 1, 2, 4, ..., 64 steps",
-    "part_targets": "the same, 30 % with targets of their step",
-}
 _STEPS = (1, 2, 4, 8)
 
 
@@ -115,63 +56,6 @@ class Pair(NamedTuple):
     model: Any
     guide: Any
     num_iterations: int
-
-
-def _known(kind: str) -> dict[str, str]:
-    return {"priors": PRIORS, "guides": GUIDES, "objectives": OBJECTIVES, "times": TIMES}[kind]
-
-
-def check(kind: str, name: str) -> None:
-    """Check that a name, import path or entry point leads somewhere.
-
-    Args:
-        kind: ``"priors"``, ``"guides"``, ``"objectives"`` or ``"times"``.
-        name: the name.
-
-    Raises:
-        ValueError: listing the known names, or saying why a path cannot be imported.
-    """
-    known = _known(kind)
-    if name in known:
-        return
-    if kind in ("priors", "guides"):
-        _resolve(kind, name)
-        return
-    raise ValueError(f"unknown {kind}: {name!r}; expected one of {', '.join(known)}")
-
-
-def _resolve(kind: str, name: str) -> Any:
-    """What an import path or an entry point leads to."""
-    if ":" not in name:
-        for point in entry_points(group=f"vadd_pyro.{kind}"):
-            if point.name == name:
-                try:
-                    return point.load()
-                except Exception as error:  # whatever the user's module raises
-                    raise ValueError(_not_imported(kind, name, error)) from error
-        raise ValueError(
-            f"unknown {kind}: {name!r}; expected one of {', '.join(_known(kind))}, an entry point "
-            f"of the group vadd_pyro.{kind}, or an import path package.module:Attribute"
-        )
-    module_name, _, attribute = name.partition(":")
-    if not module_name.strip(".") or not attribute:
-        raise ValueError(f"{kind}: {name!r} is no import path package.module:Attribute")
-    here = str(Path.cwd())
-    if here not in sys.path:
-        sys.path.append(here)  # a file beside the user, also under the script
-    try:
-        found: Any = importlib.import_module(module_name)
-        for part in attribute.split("."):
-            found = getattr(found, part)
-    except Exception as error:  # whatever the user's module raises
-        raise ValueError(_not_imported(kind, name, error)) from error
-    if not callable(found):
-        raise ValueError(f"{kind}: {name!r} is {found!r}, expected a class or a function")
-    return found
-
-
-def _not_imported(kind: str, name: str, error: Exception) -> str:
-    return f"{kind}: {name!r} cannot be imported: {type(error).__name__}: {error}"
 
 
 def _made(name: str, found: Any, offered: dict[str, Callable[[], Any]]) -> Any:
@@ -258,7 +142,7 @@ def build_prior(
         return makers[name]()
     return _made(
         name,
-        _resolve("priors", name),
+        resolve("priors", name),
         {
             "process": lambda: process,
             "latent_dim": lambda: latent_dim,
@@ -342,7 +226,7 @@ def build(
             "prior": lambda: law,
             "model": lambda: model,
         }
-        return Pair(model, _made(guide, _resolve("guides", guide), offered), 4000)
+        return Pair(model, _made(guide, resolve("guides", guide), offered), 4000)
     options = {}
     if family == "semi_amortized":
         options = {"model": model, "elbo": MaskedDiffusionELBO(process)}

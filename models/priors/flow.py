@@ -12,7 +12,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import zuko
 from torch import nn
 
 from vadd_pyro.distributions import FlowDistribution
@@ -51,6 +50,8 @@ class NormalizingFlow(nn.Module):
         context_dim: int = 16,
         bins: int = 8,
     ) -> None:
+        from zuko.flows import NSF
+
         super().__init__()
         check_size("latent_dim", latent_dim)
         check_size("num_transforms", num_transforms)
@@ -62,7 +63,7 @@ class NormalizingFlow(nn.Module):
         self.reduce: nn.Linear | None = None
         if context is not None:
             self.reduce = nn.Linear(context.feature_dim, context_dim)  # type: ignore[attr-defined]
-        self.flow = zuko.flows.NSF(
+        self.flow = NSF(
             latent_dim,
             context=0 if context is None else context_dim,
             transforms=num_transforms,

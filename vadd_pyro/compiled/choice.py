@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -34,6 +34,7 @@ def compile_updates(
     average: list[Tensor] | None,
     clip_norm: float | None,
     half: bool,
+    products: Mapping[str, bool] | None,
     accumulate: int = 1,
     processes: Processes | None = None,
     stack: ExitStack,
@@ -51,6 +52,7 @@ def compile_updates(
         average: their averages, in the same order; those that the updates keep take their places.
         clip_norm: largest norm of the gradient.
         half: run the programs in bfloat16 under autocast.
+        products: decisions of an earlier run of it, as in :class:`Update`.
         accumulate: into how many parts the rows are divided.
         processes: whose gradients are averaged; all of them compile whole updates, or none does.
         stack: undoes all of it when it is closed.
@@ -62,10 +64,13 @@ def compile_updates(
     update, reason = None, ""
     with _left_alone(model, guide):
         try:
-            settings = clip_norm, half, accumulate, processes
-            update = _whole(elbo, model, guide, x_0, optimizer, parameters, average, *settings)
+            loss = TracedLoss(elbo, model, guide, half)
+            shares = products, accumulate, processes
+            update = _whole(loss, x_0, optimizer, parameters, average, clip_norm, *shares)
         except NotOneGraphError as error:
             reason = str(error)
+        except Exception as error:  # whatever it is, the programs themselves do without a graph
+            reason = first_line(error)
     found = processes.gather((reason, [] if update is None else list(update.parameters)))
     if update is not None:
         if all(other == found[0] for other in found):
@@ -107,27 +112,25 @@ def _left_alone(*programs: Any) -> Iterator[None]:
 
 
 def _whole(
-    elbo: MaskedDiffusionELBO,
-    model: Any,
-    guide: Any,
+    loss: TracedLoss,
     x_0: Tensor,
     optimizer: torch.optim.Optimizer,
     parameters: Sequence[Tensor],
     average: list[Tensor] | None,
     clip_norm: float | None,
-    half: bool,
+    products: Mapping[str, bool] | None,
     accumulate: int,
     processes: Processes,
 ) -> Update:
-    loss = TracedLoss(elbo, model, guide, half)
     if {id(p) for p in parameters} != {id(p) for p in loss.parameters.values()}:
         raise NotOneGraphError("some parameters are held by Pyro's store alone")
     averages = None
     if average is not None:
         own = {id(p): a for p, a in zip(parameters, average, strict=True)}
         averages = {name: own[id(p)] for name, p in loss.parameters.items()}
-    weight = elbo.current_kl_weight()
-    update = Update(loss, optimizer, averages, clip_norm, x_0, weight, accumulate, processes)
+    weight = loss.elbo.current_kl_weight()
+    shares = products, accumulate, processes
+    update = Update(loss, optimizer, averages, clip_norm, x_0, weight, *shares)
     if average is not None:
         kept = {id(update.parameters[name]): a for name, a in update.average.items()}
         average[:] = [kept.get(id(p), a) for p, a in zip(parameters, average, strict=True)]

@@ -2,7 +2,8 @@
 
 A graph holds tensor operations alone. Values of Python are frozen in as they were in the traced
 run, and tensors that are no inputs are held as constants, so whatever else a program reads must
-not change from run to run; what would make it wrong is refused by name.
+not change from run to run. A graph is compared with the programs on two batches before it is
+used (:mod:`vadd_pyro.compiled.traced`); what changes only later is not seen.
 """
 
 from __future__ import annotations
@@ -80,11 +81,17 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModu
     try:
         with _torch_draws_alone(), warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return make_fx(function, tracing_mode="real")(*examples)
+            graph: GraphModule = make_fx(function, tracing_mode="real")(*examples)
     except NotOneGraphError:
         raise
     except Exception as error:
         raise NotOneGraphError(_reason(error)) from error
+    for node in graph.graph.find_nodes(op="get_attr"):
+        if isinstance(getattr(graph, str(node.target), None), nn.Parameter):
+            raise NotOneGraphError("the programs hold a parameter outside their modules' places")
+    for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
+        node.meta.setdefault("val", value)
+    return graph
 
 
 def _reason(error: Exception) -> str:

@@ -9,9 +9,11 @@ from typing import Any
 import pyro
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
+from vadd_pyro.compiled.products import choose_products
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
 from vadd_pyro.elbo import MaskedDiffusionELBO
 
@@ -27,6 +29,7 @@ class _Known(torch.autograd.Function):
         return loss.clone()
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, *outer: Any) -> Any:
         return (None, None, *(outer[0] * gradient for gradient in ctx.gradients))
 
@@ -38,9 +41,9 @@ class CompiledLoss(nn.Module):
     >>> loss_of(x_0).backward()  # doctest: +SKIP
 
     Sites, handlers and random numbers are those of the loss itself. It is compiled at the first
-    call for each shape of rows, which takes some seconds, and is compared with the loss; where
-    that is not possible a warning says why, and the loss itself is used. Without gradients it
-    always is.
+    call for each shape of rows, and again after a change of modes or parameters, which takes some
+    seconds, and is compared with the loss; where that is not possible a warning says why, and the
+    loss itself is used. Without gradients it always is.
 
     Args:
         loss: ``elbo(model, guide)``, of a :class:`~vadd_pyro.MaskedDiffusionELBO`.
@@ -57,7 +60,7 @@ class CompiledLoss(nn.Module):
                 f"loss must be elbo(model, guide) of a MaskedDiffusionELBO, got {loss!r}"
             )
         self.loss: Any = loss
-        self._calls: dict[torch.Size, Callable[[Tensor], Tensor] | None] = {}
+        self._calls: dict[Any, Callable[[Tensor], Tensor] | None] = {}
 
     def forward(self, x_0: Tensor) -> Tensor:
         """The loss summed over rows, a differentiable scalar.
@@ -67,18 +70,36 @@ class CompiledLoss(nn.Module):
         """
         if not torch.is_grad_enabled() or not isinstance(x_0, Tensor):
             return self.loss(x_0)
-        if x_0.shape not in self._calls:
-            self._calls[x_0.shape] = self._compiled(x_0)
-        call = self._calls[x_0.shape]
+        x_0 = self.loss.elbo.process.check_tokens(x_0, "x_0", values=False).contiguous()
+        key = self._key(x_0)
+        if key not in self._calls:
+            self._calls[key] = self._compiled(x_0)
+        call = self._calls[key]
         if call is None:
             return self.loss(x_0)
         result = call(x_0)
         self.loss.elbo.iteration += 1
         return result
 
+    def _key(self, x_0: Tensor) -> Any:
+        """What a graph is for: shapes, parameters, modes, and the options of the loss."""
+        options = {k: v for k, v in vars(self.loss.elbo).items() if not k.startswith("_")}
+        del options["iteration"]
+        return (
+            x_0.shape,
+            tuple((id(p), p.requires_grad) for p in self.loss.parameters()),
+            tuple(module.training for module in self.loss.modules()),
+            tuple(
+                v if isinstance(v, int | float | str | None) else id(v) for v in options.values()
+            ),
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_calls": {}}
+
     def _compiled(self, x_0: Tensor) -> Callable[[Tensor], Tensor] | None:
         elbo = self.loss.elbo
-        self.loss.elbo.process.check_tokens(x_0, "x_0")
+        elbo.process.check_tokens(x_0, "x_0")
         random = random_state()
         try:
             loss = TracedLoss(elbo, self.loss.model, self.loss.guide)
@@ -97,7 +118,7 @@ class _Call:
     """The graph for one shape of rows."""
 
     def __init__(self, loss: TracedLoss, reference: Differentiated, x_0: Tensor) -> None:
-        self.elbo = loss.programs._pair[0]
+        self.elbo = loss.elbo
         self.parameters = {n: loss.parameters[n] for n in reference.gradients}
         names = list(self.parameters)
 
@@ -111,6 +132,7 @@ class _Call:
         inputs, random = self._inputs(x_0), random_state()
         with pyro.validation_enabled(False):
             graph = capture(traced, inputs)
+        choose_products(graph)
         self.graph = compile_graph(graph, inputs)
         restore_random_state(random)
         check_agreement(lambda: self._differentiated(x_0), reference, loss.tolerance)

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any, NamedTuple
 
 import pyro
@@ -55,6 +56,31 @@ class _Programs(nn.Module):
             return elbo.terms(model, guide, x_0)
 
 
+@contextmanager
+def _replaced(
+    programs: nn.Module, parameters: Mapping[str, Tensor], leaves: Mapping[str, Tensor]
+) -> Iterator[None]:
+    """Other tensors in the places of parameters.
+
+    Place by place, each once: ``torch.func.functional_call`` goes by names, and leaves its tensors
+    behind in a module that stands under two, such as one that a prior shares with the guide.
+    """
+    others = {id(parameters[name]): leaf for name, leaf in leaves.items()}
+    places = [
+        (module, key, parameter)
+        for module in programs.modules()
+        for key, parameter in module._parameters.items()
+        if parameter is not None and id(parameter) in others
+    ]
+    try:
+        for module, key, parameter in places:
+            module._parameters[key] = others[id(parameter)]  # type: ignore[assignment]
+        yield
+    finally:
+        for module, key, parameter in places:
+            module._parameters[key] = parameter
+
+
 class TracedLoss:
     """The mean loss of a row and its gradient, as a function of parameters, rows and ``lambda``.
 
@@ -80,6 +106,7 @@ class TracedLoss:
             raise NotOneGraphError(
                 "doubly reparameterised gradients run the guide twice on the same random numbers"
             )
+        self.elbo = elbo
         found = [module for program in (model, guide) for module in modules_of(program)]
         self.modules = list({id(module): module for module in found}.values())
         self.programs = _Programs(elbo, model, guide, self.modules)
@@ -102,7 +129,8 @@ class TracedLoss:
         with torch.enable_grad():
             leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
             told = kl_weight if self.told else None
-            terms = torch.func.functional_call(self.programs, leaves, (x_0, told, self.half))
+            with _replaced(self.programs, self.parameters, leaves):
+                terms = self.programs(x_0, told, self.half)
             loss = terms.loss / len(x_0)
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)
         return Differentiated(
@@ -110,6 +138,28 @@ class TracedLoss:
             terms.kl / len(x_0),
             {n: g for n, g in zip(leaves, gradients, strict=True) if g is not None},
         )
+
+    @contextmanager
+    def later(self) -> Iterator[None]:
+        """As it would be many updates later."""
+        before = self.elbo.iteration
+        self.elbo.iteration = before + 10_000
+        try:
+            yield
+        finally:
+            self.elbo.iteration = before
+
+    def check_hooks(self) -> None:
+        """Refuse parameters whose gradients somebody wants to see.
+
+        Raises:
+            NotOneGraphError: naming one.
+        """
+        for name, parameter in self.parameters.items():
+            if parameter._backward_hooks or getattr(
+                parameter, "_post_accumulate_grad_hooks", None
+            ):
+                raise NotOneGraphError(f"{name} has a hook on its gradient")
 
     def eager(self, x_0: Tensor, kl_weight: float) -> Differentiated:
         """What the programs themselves say, the reference for a graph; no parameter is replaced.
@@ -154,9 +204,13 @@ def check_agreement(
             f"its loss is {loss:.6g} where the programs give {expected:.6g}: they do not do the "
             "same at every call"
         )
-    largest = max((float(g.abs().max()) for g in reference.gradients.values()), default=0.0)
+    largest = max(
+        (float(g.abs().max()) for g in reference.gradients.values() if g.numel()), default=0.0
+    )
     for name, gradient in reference.gradients.items():
-        error = float((found.gradients[name] - gradient).abs().max())
+        if name not in found.gradients:
+            raise NotOneGraphError(f"it has no gradient of {name}")
+        error = float((found.gradients[name] - gradient).abs().amax()) if gradient.numel() else 0.0
         if error > tolerance * max(largest, 1e-6):
             raise NotOneGraphError(
                 f"its gradient of {name} differs from that of the programs by {error:.3g}, where "

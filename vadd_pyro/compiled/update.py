@@ -27,8 +27,10 @@ import torch
 from torch import Tensor
 
 from vadd_pyro.checkpoints import random_state, restore_random_state
+from vadd_pyro.compiled.adam import decoupled, is_plain_adam
 from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
 from vadd_pyro.compiled.layout import Layout
+from vadd_pyro.compiled.products import choose_products
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
 from vadd_pyro.distributed import Processes
 from vadd_pyro.exchange import Exchange
@@ -69,6 +71,8 @@ class Update:
         clip_norm: largest norm of the gradient; None does not clip.
         x_0: rows as every update will be given, ``(B, D)``.
         kl_weight: ``lambda`` at which the graph is compared with the programs.
+        products: which library computes which product, as an earlier run of it has decided
+            (:mod:`vadd_pyro.compiled.products`); None measures. The decisions are in ``products``.
         accumulate: into how many parts the rows are divided.
         processes: whose gradients are averaged.
 
@@ -84,19 +88,21 @@ class Update:
         clip_norm: float | None,
         x_0: Tensor,
         kl_weight: float,
+        products: Mapping[str, bool] | None = None,
         accumulate: int = 1,
         processes: Processes | None = None,
     ) -> None:
         processes = Processes() if processes is None else processes
         self.optimizer = optimizer
-        self.fused = _is_plain_adam(optimizer)
+        self.fused = is_plain_adam(optimizer)
         self.clip_norm = clip_norm
         self.shape = x_0.shape
         self.accumulate = accumulate
         self._alone = processes.alone
         self._num_parts = processes.size * accumulate
         self._loss = loss
-        x_0 = x_0.chunk(accumulate)[0]
+        loss.check_hooks()
+        x_0 = x_0.chunk(accumulate)[0].contiguous()
         random = random_state()
         reference = loss.eager(x_0, kl_weight)
         names = {id(p): name for name, p in loss.parameters.items()}
@@ -126,11 +132,21 @@ class Update:
         inputs = [*self.vectors, self._numbers(kl_weight, [0.0] * len(self._groups), 1.0), x_0]
         with pyro.validation_enabled(False):
             if self._num_parts == 1:
-                self._graph = compile_graph(capture(self._traced, inputs), inputs)
+                graph = capture(self._traced, inputs)
+                self.products = choose_products(graph, products)
+                self._graph = compile_graph(graph, inputs)
             else:
-                self._make_two(inputs)
+                self.products = self._make_two(inputs, products)
         restore_random_state(random)
         check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
+        # Again on other rows and random numbers and much later, for what the trace has frozen.
+        rows = (x_0.flip(0) + 1) % loss.elbo.process.vocab_size
+        with loss.later():
+            random_then = random_state()
+            reference = loss.eager(rows, kl_weight)
+            restore_random_state(random_then)
+            inputs[-1] = rows
+            check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
         restore_random_state(random)
         self._attach()
 
@@ -142,8 +158,10 @@ class Update:
         with torch.no_grad():
             return self._updated(vectors, numbers, loss, kl, gradient)
 
-    def _make_two(self, inputs: Sequence[Tensor]) -> None:
-        """The graph up to the gradient, and that from the gradient on."""
+    def _make_two(
+        self, inputs: Sequence[Tensor], products: Mapping[str, bool] | None
+    ) -> dict[str, bool]:
+        """The graph up to the gradient, and that from the gradient on; decisions on products."""
         *vectors, numbers, x_0 = inputs
 
         def of_part(values: Tensor, numbers: Tensor, x_0: Tensor) -> tuple[Tensor]:
@@ -157,7 +175,9 @@ class Update:
             return self._updated(vectors, numbers, loss, kl, told[: self.layout.size])
 
         first, second = [vectors[0], numbers, x_0], [*vectors, numbers, self.exchange.empty()]
-        self._gradient = compile_graph(capture(of_part, first), first)
+        of_gradient = capture(of_part, first)
+        chosen = choose_products(of_gradient, products)
+        self._gradient = compile_graph(of_gradient, first)
         with torch.no_grad():
             self._rest = compile_graph(capture(of_all, second), second)
 
@@ -167,6 +187,7 @@ class Update:
             return self._rest(*vectors, numbers, told * self._num_parts)
 
         self._graph = graph
+        return chosen
 
     def _differentiated(
         self, values: Tensor, numbers: Tensor, x_0: Tensor
@@ -225,7 +246,7 @@ class Update:
             start = stop
             beta_1, beta_2 = group["betas"]
             if decay := group["weight_decay"]:
-                if _decoupled(self.optimizer, group):
+                if decoupled(self.optimizer, group):
                     p = p * (1 - rate * decay)
                 else:
                     g = g + decay * p
@@ -264,7 +285,7 @@ class Update:
             # Both moments of all groups have the same beta in practice; each is undone by its own.
             gradient = self.layout.joined(self._undone(inputs[1], copies[1]))
         if self.clip_norm is not None:
-            gradient = gradient * (result[2] / self.clip_norm).clamp_min(1.0)
+            gradient = gradient * ((result[2] + 1e-6) / self.clip_norm).clamp_min(1.0)
         return Differentiated(result[0], result[1], self.layout.views(gradient))
 
     def _undone(self, before: Tensor, after: Tensor) -> list[Tensor]:
@@ -276,7 +297,7 @@ class Update:
             beta, decay = group["betas"][0], group["weight_decay"]
             for name in names:
                 gradient = (new[name] - beta * old[name]) / (1 - beta)
-                if decay and not _decoupled(self.optimizer, group):
+                if decay and not decoupled(self.optimizer, group):
                     gradient = gradient - decay * values[name]
                 undone.append(gradient)
         return undone
@@ -322,8 +343,8 @@ class Update:
                 self.optimizer.state[parameter]["step"].fill_(self.steps)
 
     def refresh(self) -> None:
-        """Take note of steps that the optimiser made by itself."""
-        self.steps = self._read_steps()
+        """Take note of a step that the optimiser made by itself."""
+        self.steps += 1
 
     def release(self) -> None:
         """Give the parameters storage of their own."""
@@ -345,6 +366,7 @@ class Update:
             kl_weight: ``lambda``.
             average: weight of the new values in their average.
         """
+        x_0 = x_0.contiguous()
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         numbers = self._numbers(kl_weight, rates, average)
         if self._num_parts == 1:
@@ -375,15 +397,3 @@ class Update:
             loss, kl = told[self.layout.size : self.layout.size + 2].tolist()
             self.exchange(told, loss, kl)
         return told
-
-
-def _is_plain_adam(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is Adam or AdamW without options that the graph does not know."""
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        return False
-    odd = ("amsgrad", "maximize", "differentiable", "capturable")
-    return not any(group.get(name) for group in optimizer.param_groups for name in odd)
-
-
-def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    return group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))

@@ -7,10 +7,11 @@ from functools import cache
 from vadd_pyro.data.base import TokenDistribution
 from vadd_pyro.data.tokens import tied_bits, tied_tokens
 from vadd_pyro.data.toy import TOYS, toy
+from vadd_pyro.names import KNOWN_LAWS as NAMES
+from vadd_pyro.names import check
 
 __all__ = ["NAMES", "named"]
 
-NAMES = (*TOYS, "d1", "d2", "tied_bits")
 _TIED_BITS = 6
 
 
@@ -25,10 +26,9 @@ def named(name: str, vocab_size: int = 100) -> TokenDistribution:
     Raises:
         ValueError: listing the names.
     """
+    check("data", name)
     if name in TOYS:
         return toy(name, vocab_size)
-    if name in ("d1", "d2"):
-        return tied_tokens(name.upper())
     if name == "tied_bits":
         return tied_bits(_TIED_BITS)
-    raise ValueError(f"data must be among {', '.join(NAMES)}, got {name!r}")
+    return tied_tokens(name.upper())

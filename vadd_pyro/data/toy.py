@@ -17,8 +17,6 @@ from collections.abc import Callable
 
 import numpy as np
 import torch
-from scipy.special import ndtr
-from sklearn.datasets import make_swiss_roll
 from torch import Tensor
 
 from vadd_pyro.data.base import TokenDistribution
@@ -97,6 +95,8 @@ def _protocol_edges(vocab_size: int) -> np.ndarray:
 
 def _smoothed(points: Points, weights: np.ndarray, sd: float, edges: np.ndarray) -> np.ndarray:
     """Bin probabilities of centres ``(m, 2)`` with weights, each with normal noise ``sd``."""
+    from scipy.special import ndtr
+
     factors = []
     for axis in range(2):
         cdf = ndtr((edges[None, :] - points[:, axis : axis + 1]) / sd)
@@ -145,15 +145,19 @@ def checkerboard(vocab_size: int = 100) -> ToyDensity:
 
 
 def _roll(sd: float, divisor: float, name: str, edges: np.ndarray) -> ToyDensity:
-    def draw(n: int, rng: np.random.Generator) -> Points:
-        points, _ = make_swiss_roll(n, noise=sd, random_state=int(rng.integers(2**31)))
-        return points[:, [0, 2]] / divisor
-
-    def curve(u: np.ndarray) -> Points:
+    def spiral(u: np.ndarray) -> Points:
         angle = 1.5 * np.pi * (1 + 2 * u)
-        return np.stack([angle * np.cos(angle), angle * np.sin(angle)], -1) / divisor
+        return np.stack([angle * np.cos(angle), angle * np.sin(angle)], -1)
 
-    return _noisy_curve(name, edges, curve, sd / divisor, draw)
+    def draw(n: int, rng: np.random.Generator) -> Points:
+        # Number for number what make_swiss_roll draws (place along the spiral, width of the roll,
+        # noise of all three coordinates), without the second that importing scikit-learn takes.
+        state = np.random.RandomState(int(rng.integers(2**31)))
+        u, _ = state.uniform(size=(2, n))
+        noise = state.standard_normal(size=(3, n))[[0, 2]]
+        return (spiral(u) + sd * noise.T) / divisor
+
+    return _noisy_curve(name, edges, lambda u: spiral(u) / divisor, sd / divisor, draw)
 
 
 def swiss_roll(vocab_size: int = 100) -> ToyDensity:

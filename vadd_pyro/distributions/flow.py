@@ -11,13 +11,15 @@ References:
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
-from zuko.distributions import NormalizingFlow
+
+if TYPE_CHECKING:
+    from zuko.distributions import NormalizingFlow
 
 __all__ = ["FlowDistribution"]
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from vadd_pyro.experiments.settings import Settings
+from vadd_pyro.names import check_preset
 
 __all__ = ["PRESETS", "measures", "preset"]
 
@@ -162,10 +163,7 @@ def preset(
     Raises:
         ValueError: for unknown names, listing those that are known.
     """
-    if data not in PRESETS:
-        raise ValueError(f"data must be one of {', '.join(PRESETS)}, got {data!r}")
-    if name not in PRESETS[data]:
-        raise ValueError(f"{data} has the presets {', '.join(PRESETS[data])}, got {name!r}")
+    check_preset(data, name)
     values = dict(PRESETS[data][name])
     for group, own in (("sizes", sizes), ("data_options", data_options)):
         values[group] = {**values.get(group, {}), **(own or {})}

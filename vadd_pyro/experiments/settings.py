@@ -7,13 +7,10 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
-from vadd_pyro import zoo
+from vadd_pyro.names import BACKBONES, DATA_SETS, MODELS, PRECISIONS, PRIORS, check
 from vadd_pyro.process import check_size
 
-__all__ = ["DATA", "MODELS", "Settings"]
-
-DATA = ("digits", "mnist", "cifar10", "text8", "text", "table", "hub")
-MODELS = ("vadd", "mdm")
+__all__ = ["Settings"]
 
 
 @dataclass(frozen=True)
@@ -21,17 +18,17 @@ class Settings:
     """A training run, in plain values.
 
     Args:
-        data: one of :data:`DATA`.
+        data: one of :data:`vadd_pyro.names.DATA_SETS`.
         path: file or folder of the data; None for the loader's default.
         data_options: further arguments of the loader.
         model: ``"vadd"`` or ``"mdm"``, the same networks without a latent.
-        prior, guide: names, import paths or entry points of :mod:`vadd_pyro.zoo`; ignored for
+        prior, guide: names, import paths or entry points (:mod:`vadd_pyro.names`); ignored for
             ``"mdm"``.
         latent_dim: size of a continuous latent.
         num_codes: number of codes of a categorical one.
         backbone: ``"mlp"``, ``"residual"``, ``"pixel"``, ``"unet"`` or ``"transformer"``.
         sizes: arguments of its networks, see :mod:`vadd_pyro.nn.networks`.
-        times: where training looks, a key of :data:`vadd_pyro.zoo.TIMES`.
+        times: where training looks, a key of :data:`vadd_pyro.names.TIMES`.
         num_iterations: updates by the DELBO.
         num_chain_iterations: updates by the T-step bounds of ``steps`` after these, which train
             model and guide on the targets that samplers meet.
@@ -80,10 +77,10 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, known in (
-            ("data", DATA),
+            ("data", DATA_SETS),
             ("model", MODELS),
-            ("backbone", ("mlp", "residual", "pixel", "unet", "transformer")),
-            ("precision", ("float32", "bfloat16")),
+            ("backbone", BACKBONES),
+            ("precision", PRECISIONS),
         ):
             if getattr(self, name) not in known:
                 raise ValueError(
@@ -103,9 +100,9 @@ class Settings:
                 raise ValueError(f"{name} must be a number, got {value!r}")
         if not isinstance(self.steps, tuple | list):
             raise ValueError(f"steps must be several numbers of steps, got {self.steps!r}")
-        zoo.check("priors", self.prior)
-        zoo.check("guides", self.guide)
-        zoo.check("times", self.times)
+        check("priors", self.prior)
+        check("guides", self.guide)
+        check("times", self.times)
         for name in ("latent_dim", "num_codes", "num_iterations", "batch_size"):
             check_size(name, getattr(self, name))
         for name in ("num_chain_iterations", "num_guide_iterations", "warmup", "seed"):
@@ -155,7 +152,7 @@ class Settings:
         """What tables and figures call the model."""
         if self.model == "mdm":
             return "MDM"
-        return f"VADD, {zoo.PRIORS.get(self.prior, self.prior)}"
+        return f"VADD, {PRIORS.get(self.prior, self.prior)}"
 
 
 def _plain(value: Any) -> Any:
