@@ -22,12 +22,13 @@ PACKAGE = ROOT / "vadd_pyro"
 
 # Each module may import those before it, and nothing else of the package.
 LAYERS = [
-    {"_version", "batches", "history", "names", "rates", "schedules"},
+    {"_version", "history", "names", "rates", "schedules"},
     {"process"},
     {"times", "distributions", "recorder", "programs", "checkpoints", "metrics", "nn", "plotting"},
     {"finite", "interruption", "locks"},
-    {"sites", "data", "models", "guides", "weights"},
-    {"annealing", "batching", "compiling", "divergences", "estimators", "densities", "quality"},
+    {"sites", "data", "models", "guides", "weights", "batches", "distributed"},
+    {"annealing", "batching", "compiling", "divergences", "estimators", "densities"},
+    {"exchange", "quality", "resuming"},
     {"elbo", "orders", "sampling", "stepping", "tempering"},
     {"compiled", "integration"},
     {"chain", "exact", "grids", "infilling", "information", "likelihood", "monitor", "trainer"},

@@ -6,6 +6,7 @@ Arguments are parsed without torch, which takes seconds to load: each command im
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from collections.abc import Sequence
 from functools import partial
@@ -242,9 +243,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ValueError, OSError, ArithmeticError, ImportError) as error:
         print(f"vadd-pyro: {error}", file=sys.stderr)
         return 1
+    except RuntimeError as error:
+        from vadd_pyro.distributed import OtherProcessError
+
+        if not isinstance(error, OtherProcessError):
+            raise
+        print(f"vadd-pyro: {error}", file=sys.stderr)
+        return 1
     except Interrupted as stop:
         more = "" if stop.checkpoint is None else "; the same command goes on from there"
-        print(f"vadd-pyro: {stop}{more}", file=sys.stderr)
+        if os.environ.get("RANK", "0") == "0":  # of processes that torchrun has started
+            print(f"vadd-pyro: {stop}{more}", file=sys.stderr)
         return stop.exit_status
     except KeyboardInterrupt:
         print("vadd-pyro: interrupted", file=sys.stderr)

@@ -115,9 +115,11 @@ def _add_train(commands: Any) -> None:
         "train",
         help="train VADD or the masked diffusion model on tables, images or text",
         description="Train a model on real data. What is not named comes from the preset. The "
-        "same command goes on where a killed run stopped.",
+        "same command goes on where a killed run stopped. Under torchrun several "
+        "processes train one model together.",
         epilog="Examples: vadd-pyro train digits; vadd-pyro train table debd/nltcs --model "
-        "vadd,mdm --seeds 3 --evaluate; vadd-pyro train text book.txt --prior standard_normal. "
+        "vadd,mdm --seeds 3 --evaluate; vadd-pyro train text book.txt --prior standard_normal; "
+        "torchrun --nproc-per-node=2 -m vadd_pyro train digits. "
         "Names of priors, guides and times: vadd-pyro compare --list.",
     )
     add = train.add_argument
@@ -144,6 +146,7 @@ def _add_train(commands: Any) -> None:
     _add_device(add)
     add("--out", default="runs/train", metavar="RUN", help="run folder; default runs/train")
     add("--checkpoint-every", default=250, help="updates between checkpoints", **_NUMBER)
+    add("--accumulate", default=1, help="parts of a batch, one in memory at a time", **_NUMBER)
     add("--evaluate", action="store_true", help="measure the result, as vadd-pyro evaluate does")
     _add_measures(add)
     add("--no-progress", action="store_true", help="no progress bars")
@@ -293,6 +296,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         arguments.seeds,
         measure=measure,
         checkpoint_every=arguments.checkpoint_every,
+        accumulate=arguments.accumulate,
         device=_device(arguments),
         progress=not arguments.no_progress,
     )

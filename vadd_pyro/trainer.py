@@ -17,7 +17,7 @@ import pyro
 import torch
 from torch import Tensor
 
-from vadd_pyro.batches import Batches
+from vadd_pyro.batches import Batches, DrawnBatches, check_divisible
 from vadd_pyro.checkpoints import (
     CheckpointWriteError,
     load_checkpoint,
@@ -26,23 +26,20 @@ from vadd_pyro.checkpoints import (
     save_checkpoint,
 )
 from vadd_pyro.compiled import Update, compile_updates
-from vadd_pyro.elbo import LossTerms, MaskedDiffusionELBO
+from vadd_pyro.distributed import Processes
+from vadd_pyro.elbo import MaskedDiffusionELBO
+from vadd_pyro.exchange import GradientSum
 from vadd_pyro.finite import NonFiniteLossError, blame_loss, clip_gradient, not_finite
 from vadd_pyro.history import History
 from vadd_pyro.monitor import Monitor
 from vadd_pyro.rates import scheduled_rate
+from vadd_pyro.resuming import check_same_run, estimated_size, moments_of, restore_own
 from vadd_pyro.weights import NamedParameters, Weights
 
 __all__ = ["Run"]
 
 _SMOOTHING = 0.98
 _LATENT_COLUMNS = ("kl_per_dimension", "active_units", "mutual_information", "share_at_prior")
-_PARTS = (
-    *("configuration", "iteration", "weights", "average", "parameter_names", "optimizer"),
-    *("random", "history", "since", "smooth", "elapsed"),
-)
-# Bytes of a checkpoint: each tensor's header, an entry of the history, names and random states.
-_HEADER, _ENTRY, _BESIDE = 300, 100, 50_000
 
 
 class Run:
@@ -54,15 +51,19 @@ class Run:
         guide: Callable[..., Any],
         elbo: MaskedDiffusionELBO,
         weights: Weights,
-        batches: Callable[[int], Tensor],
+        batches: Batches | DrawnBatches,
         configuration: dict[str, Any],
         monitor: Monitor | None = None,
+        processes: Processes | None = None,
+        accumulate: int = 1,
     ) -> None:
         self.model, self.guide, self.elbo = model, guide, elbo
         self.weights = weights
         self.batches = batches
         self.configuration = configuration
         self.monitor = monitor
+        self.processes = Processes() if processes is None else processes
+        self.accumulate = accumulate
         self.iteration = 0
         self.history = History()
         self.smooth_loss = math.nan
@@ -82,15 +83,27 @@ class Run:
         """
         state = random_state()
         self.elbo.iteration = 0
-        with pyro.validation_enabled(True), NamedParameters() as parameters_seen:
+        processes, weights = self.processes, self.weights
+        processes.replicate(weights.tensors())
+        with processes.together(), pyro.validation_enabled(True), NamedParameters() as seen:
             first = self.batches(0)
             with self.autocast(first.device):
                 self.elbo.loss(self.model, self.guide, first)
-        self._first = first
-        self.weights.add_from_store(parameters_seen.found)
+                if self.accumulate * processes.size > 1:
+                    check_divisible(self.elbo, self.model, self.guide, weights.modules, first)
+            self._first = first
+            if self.monitor is not None:
+                self.monitor.choose(self.batches.to_monitor())
+        processes.check_same(weights.tensors(), "after a first look at the loss")
+        weights.add_from_store(seen.found)
+        processes.replicate(weights.tensors())
         restore_random_state(state)
-        if self.monitor is not None:
-            self.monitor.choose(self.batches.data if isinstance(self.batches, Batches) else first)
+        with processes.together():
+            self._make_optimizer(optimizer)
+
+    def _make_optimizer(
+        self, optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None
+    ) -> None:
         parameters = self.weights.values()
         if not parameters:
             raise ValueError(
@@ -98,6 +111,7 @@ class Run:
                 "functions that use pyro.param or pyro.module"
             )
         self.parameters = parameters
+        self.total = GradientSum(self.processes, self.weights.named)
         if optimizer is None:
             self.optimizer: torch.optim.Optimizer = torch.optim.Adam(
                 parameters, lr=self.configuration["learning_rate"], fused=True
@@ -133,7 +147,8 @@ class Run:
 
     def step(self) -> None:
         """One update."""
-        x_0 = self.batches(self.iteration)
+        with (self.total if self.update is None else self.update.exchange).watching():
+            x_0 = self.batches(self.iteration)
         self.elbo.iteration = self.iteration
         for group, base in zip(self.optimizer.param_groups, self.base_rates, strict=True):
             group["lr"] = self.rate(base)
@@ -178,7 +193,7 @@ class Run:
         """One update by the programs as they are: loss and KL of a row."""
         before = [buffer.clone() for buffer in self._moving]
         try:
-            terms, value = self._differentiate(x_0)
+            value, kl = self._differentiate(x_0)
         except NonFiniteLossError:
             for buffer, kept in zip(self._moving, before, strict=True):
                 buffer.copy_(kept)
@@ -198,7 +213,7 @@ class Run:
                 torch._foreach_lerp_(
                     self.average, [p.detach() for p in self.parameters], self._average_weight()
                 )
-        return value, terms.kl.item() / len(x_0)
+        return value, kl
 
     def compile(self, stack: ExitStack) -> None:
         """Compile the updates, as far as the programs allow it, until ``stack`` is closed."""
@@ -214,38 +229,55 @@ class Run:
             clip_norm=self.configuration["clip_norm"],
             half=self.configuration.get("precision") == "bfloat16",
             products=self._products,
+            accumulate=self.accumulate,
+            processes=self.processes,
             stack=stack,
         )
 
-    def _differentiate(self, x_0: Tensor) -> tuple[LossTerms, float]:
-        """Clipped gradient of the mean loss, the terms of its sum, and its value; all finite."""
-        with ExitStack() as stack:
-            if self.iteration:
-                stack.enter_context(pyro.validation_enabled(False))
-            with self.autocast(x_0.device):
-                terms = self.elbo.terms(self.model, self.guide, x_0)
-            loss = terms.loss / len(x_0)
-            value = loss.item()
-            if not math.isfinite(value):
-                culprit = blame_loss(
-                    float(terms.reconstruction),
-                    float(terms.kl),
-                    self.elbo.current_kl_weight(),
-                )
-                raise NonFiniteLossError(
-                    f"the loss is {value} at iteration {self.iteration}: {culprit}. Training "
-                    f"stopped before the update, {self._last_good()}. A smaller learning_rate, a "
-                    "warmup or a smaller clip_norm may help"
-                )
-            self.optimizer.zero_grad(set_to_none=True)
-            loss.backward()
+    def _differentiate(self, x_0: Tensor) -> tuple[float, float]:
+        """Clipped gradient of the mean loss over the rows of all processes; that loss and the KL
+        of a row. All are finite.
+        """
+        with self.total.watching():
+            value, kl = self._backward(x_0)
+        value, kl = self.total(value, kl)
         culprit = clip_gradient(self.weights.named, self.configuration["clip_norm"])
         if culprit:
             raise NonFiniteLossError(
                 f"{culprit} at iteration {self.iteration}, though the loss is {value:.6g}. "
                 f"Training stopped before the update, {self._last_good()}"
             )
-        return terms, value
+        return value, kl
+
+    def _backward(self, x_0: Tensor) -> tuple[float, float]:
+        """What the rows of this process add to the mean loss over those of all, part by part:
+        gradient, value and KL.
+        """
+        value = kl = 0.0
+        num_rows = len(x_0) * self.processes.size
+        self.optimizer.zero_grad(set_to_none=True)
+        with ExitStack() as stack:
+            if self.iteration:
+                stack.enter_context(pyro.validation_enabled(False))
+            for rows in x_0.chunk(self.accumulate):
+                with self.autocast(x_0.device):
+                    terms = self.elbo.terms(self.model, self.guide, rows)
+                loss = terms.loss / num_rows
+                value += loss.item()
+                kl += terms.kl.item() / num_rows
+                if not math.isfinite(value):
+                    culprit = blame_loss(
+                        float(terms.reconstruction),
+                        float(terms.kl),
+                        self.elbo.current_kl_weight(),
+                    )
+                    raise NonFiniteLossError(
+                        f"the loss is {value} at iteration {self.iteration}: {culprit}. Training "
+                        f"stopped before the update, {self._last_good()}. A smaller "
+                        "learning_rate, a warmup or a smaller clip_norm may help"
+                    )
+                loss.backward()
+        return value, kl
 
     def _last_good(self) -> str:
         kept = "" if self.saved is None else f"; {self.saved[0]} holds iteration {self.saved[1]}"
@@ -261,7 +293,7 @@ class Run:
         what = "and the programs hold them: there is no checkpoint to go back to"
         if self.saved is not None:
             path, iteration = self.saved
-            self.weights.load(load_checkpoint(path)["weights"], path)
+            self.weights.load(self._read(path)["weights"], path)
             what = f"and the programs are back at iteration {iteration}, from {path}"
         raise NonFiniteLossError(
             f"the weights of {names} are not finite after iteration {self.iteration}. Training "
@@ -295,18 +327,10 @@ class Run:
         self._mark = now
 
     def checkpoint_size(self, num_entries: int) -> int:
-        """About how many bytes a checkpoint takes.
-
-        An optimiser that has made no step is taken for Adam, with two numbers for each weight.
-
-        Args:
-            num_entries: entries of the history in the end.
-        """
+        """About how many bytes a checkpoint takes, with so many entries of the history."""
         tensors = [*self.parameters, *self._buffers, *(self.average or [])]
-        kept = [v for state in self.optimizer.state.values() for v in state.values()]
-        tensors += kept if kept else [*self.parameters, *self.parameters]
-        sizes = [t.numel() * t.element_size() + _HEADER for t in tensors if isinstance(t, Tensor)]
-        return sum(sizes) + _BESIDE + _ENTRY * num_entries
+        tensors += moments_of(self.optimizer, self.parameters)
+        return estimated_size(tensors, num_entries, self.processes.size)
 
     def save(self, path: Path) -> None:
         """Write everything that a resume needs, and keep what stood there as the one before."""
@@ -316,6 +340,9 @@ class Run:
         self._tick()
         if self.update is not None:
             self.update.flush()
+        self.processes.check_same(self.weights.tensors(), f"after iteration {self.iteration}")
+        products = {} if self.update is None else self.update.products
+        told = self.processes.gather({"random": random_state(), "products": products})
         content = {
             "configuration": self.configuration,
             "iteration": self.iteration,
@@ -323,16 +350,17 @@ class Run:
             "average": self.average,
             "parameter_names": list(self.weights.named),
             "optimizer": self.optimizer.state_dict(),
-            "random": random_state(),
+            **told[0],
+            "other_processes": told[1:],
             "history": self.history.to_dict(),
             "since": [list(pair) for pair in self._since],
             "smooth": [self.smooth_loss, self.smooth_kl],
             "elapsed": self.elapsed,
         }
-        if self.update is not None:
-            content["products"] = self.update.products
         try:
-            save_checkpoint(path, content, keep_previous=True)
+            with self.processes.together():
+                if self.processes.first:
+                    save_checkpoint(path, content, keep_previous=True)
         except CheckpointWriteError as error:
             last = "" if self.saved is None else f": iteration {self.saved[1]}"
             raise CheckpointWriteError(
@@ -342,30 +370,24 @@ class Run:
 
     def load(self, path: Path, device: torch.device) -> None:
         """Continue where a checkpoint ends."""
-        content = load_checkpoint(path, map_location=device)
-        missing = [name for name in _PARTS if name not in content]
-        if missing:
-            raise ValueError(f"{path} is no checkpoint of fit: it lacks {', '.join(missing)}")
-        # Said where in use alone, and not by older checkpoints.
-        unnamed = {"precision": "float32", "compile": False}
-        saved = {**unnamed, **content["configuration"]}
-        for name, value in {**unnamed, **self.configuration}.items():
-            if saved.get(name) != value:
-                raise ValueError(
-                    f"{path} belongs to another run: its {name} is {saved.get(name)!r}, this "
-                    f"call's is {value!r}"
-                )
+        content = self._read(path)
+        check_same_run(path, content, self.configuration)
         self.weights.load(content["weights"], path)
         self.optimizer.load_state_dict(content["optimizer"])
-        self.average = content["average"]
+        average = content["average"]
+        self.average = None if average is None else [value.to(device) for value in average]
         self.iteration = content["iteration"]
         self.history = History(**content["history"])
         self._since = [(float(loss), float(kl)) for loss, kl in content["since"]]
         self.smooth_loss, self.smooth_kl = content["smooth"]
         self.elapsed = content["elapsed"]
-        self._products = content.get("products")
         self.saved = path, self.iteration
-        restore_random_state(content["random"])
+        self._products = restore_own(path, content, self.processes)
+
+    def _read(self, path: Path) -> dict[str, Any]:
+        """A checkpoint, which the first process reads for all."""
+        content: dict[str, Any] = self.processes.by_first(lambda: load_checkpoint(path))
+        return content
 
     def finish(self) -> None:
         """Leave the averaged weights in the programs."""

@@ -11,6 +11,7 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from inspect import isfunction
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ import torch
 from torch import Tensor, nn
 from tqdm.auto import tqdm
 
-from vadd_pyro.batches import Batches
+from vadd_pyro.batches import Batches, DrawnBatches, share_of
 from vadd_pyro.checkpoints import (
     CheckpointWriteError,
     check_space,
@@ -30,6 +31,7 @@ from vadd_pyro.checkpoints import (
     remove_stale,
     restore_random_state,
 )
+from vadd_pyro.distributed import Processes
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.finite import NonFiniteLossError
 from vadd_pyro.history import History
@@ -45,7 +47,7 @@ __all__ = ["History", "NonFiniteLossError", "fit", "fit_guide"]
 
 
 def _check_arguments(**arguments: Any) -> None:
-    for name in ("num_iterations", "batch_size", "log_every", "checkpoint_every"):
+    for name in ("num_iterations", "batch_size", "log_every", "checkpoint_every", "accumulate"):
         check_size(name, arguments[name])
     check_size("monitor_rows", arguments["monitor_rows"], least=2)
     if arguments["monitor_every"] is not None:
@@ -131,6 +133,7 @@ def fit(
     optimizer: Callable[[list[Tensor]], torch.optim.Optimizer] | None = None,
     precision: str = "float32",
     compile: bool = False,
+    accumulate: int = 1,
     seed: int = 0,
     checkpoint: str | Path | None = None,
     checkpoint_every: int = 1000,
@@ -147,6 +150,10 @@ def fit(
     those that a program names to Pyro only later are not trained, and a ``data`` function is
     called once more than there are updates.
 
+    In a process group of torch (as ``torchrun`` makes for ``vadd-pyro train``) all processes call
+    this alike and train one pair together: each takes its share of every batch, gradients are
+    averaged, and the first writes the checkpoints and shows the bar. See docs/scaling.md.
+
     Args:
         model, guide: the pair; modules, or functions whose parameters live in Pyro's store.
         elbo: the loss.
@@ -154,7 +161,7 @@ def fit(
             draws fresh rows. One with a method ``at(iteration, batch_size)``, such as those of
             ``DataSet.batches``, is resumed exactly.
         num_iterations: number of updates in all, those before a resume included.
-        batch_size: rows per update.
+        batch_size: rows per update, of all processes together.
         learning_rate: step size of Adam after the warm-up.
         warmup: updates of linear warm-up.
         decay: ``"cosine"``, ``"linear"`` or ``"constant"``, to ``final_learning_rate`` times the
@@ -171,12 +178,17 @@ def fit(
             random numbers. It takes some seconds to half a minute to start. Where the programs do
             not allow it, their networks alone are compiled, and a warning says why; batches of
             another size run uncompiled.
-        seed: seed of all random draws in training and of the order of the data.
+        accumulate: into how many parts a process divides its rows, to hold one of them in memory
+            at a time; the mean of their gradients makes the update. ``batch_size`` must be a
+            multiple of processes times parts.
+        seed: seed of all random draws in training and of the order of the data; with the number of
+            the process, of each process's own draws.
         checkpoint: file that holds the newest state, written every ``checkpoint_every`` updates
             and at the end; the one before stays beside it, as ``checkpoint`` with ``.previous``
             behind its name. Other processes are kept out of it meanwhile.
         checkpoint_every: updates between two of them.
-        resume: continue from ``checkpoint`` if it exists.
+        resume: continue from ``checkpoint`` if it exists, in as many processes as wrote it bit for
+            bit on the CPU; in another number of them with other random numbers, and a warning.
         log_every: updates between entries of the history.
         monitor_every: updates between two looks at the latents (and one at the end), which enter
             the history: see :func:`vadd_pyro.latent_statistics`. None takes none. They leave the
@@ -200,32 +212,20 @@ def fit(
         weights before that update, and the checkpoint on disk is the last good one.
         Interrupted: a KeyboardInterrupt, after SIGINT or SIGTERM; the update was finished, a
         checkpoint written, and the programs are left as at the end. A second Ctrl-C stops at once.
+        OtherProcessError: if another process has failed, or ended, otherwise than by one of these.
+        ProcessesDifferError: if processes have not called this alike, or their weights differ.
     """
-    _check_arguments(
-        **{k: v for k, v in locals().items() if k not in ("model", "guide", "elbo", "data")}
-    )
-    process = elbo.process
-    weights = Weights(model, guide)
-    check_store(model, guide)
-    device = next((p.device for p in weights.values()), torch.empty(0).device)
-    if isinstance(data, Tensor):
-        batches: Callable[[int], Tensor] = Batches(
-            process.check_tokens(data, "data"), batch_size, seed, device
+    arguments = {k: v for k, v in locals().items() if k not in ("model", "guide", "elbo", "data")}
+    processes = Processes.current()
+    with processes.together():
+        _check_arguments(**arguments)
+        weights = Weights(model, guide)
+        check_store(model, guide)
+        device = next((p.device for p in weights.values()), torch.empty(0).device)
+        processes.check_device(device)
+        batches, fingerprint = _batches(
+            elbo, data, batch_size, seed, device, accumulate, processes
         )
-        fingerprint = f"{len(data)} rows, crc32 {zlib.crc32(data.cpu().numpy().tobytes()):08x}"
-    elif not callable(data):
-        raise TypeError(
-            f"data must be a tensor of tokens or a function of the batch size, got "
-            f"{type(data).__name__}"
-        )
-    else:
-        draw_data, at = data, getattr(data, "at", None)
-        fingerprint = getattr(data, "fingerprint", "drawn by a function")
-
-        def batches(iteration: int) -> Tensor:
-            rows = draw_data(batch_size) if at is None else at(iteration, batch_size)
-            return process.check_tokens(rows, "data").to(device)
-
     configuration = {
         "num_iterations": num_iterations,
         "batch_size": batch_size,
@@ -244,39 +244,57 @@ def fit(
     if compile:
         configuration["compile"] = True
     path = None if checkpoint is None else Path(checkpoint)
+    processes.check_alike(
+        {
+            **configuration,
+            "compile": compile,
+            "precision": precision,
+            "accumulate": accumulate,
+            "checkpoint": path is not None,
+            "checkpoint_every": checkpoint_every,
+            "resume": resume,
+        }
+    )
     num_entries = num_iterations // log_every + num_iterations // (monitor_every or num_iterations)
     outside = random_state()
     with ExitStack() as stack:
-        if path is not None:
-            check_writable(path)
-            lock = path.with_name(f"{path.name}.lock")
-            stack.enter_context(locked(lock, f"on {path}", "name another file"))
-            remove_stale(path.parent, path.name)
+        with processes.together():
+            if path is not None and processes.first:
+                check_writable(path)
+                lock = path.with_name(f"{path.name}.lock")
+                stack.enter_context(locked(lock, f"on {path}", "name another file"))
+                remove_stale(path.parent, path.name)
         stack.callback(restore_random_state, outside)
         stack.enter_context(kept_modes(model, guide))
         stop = stack.enter_context(StopRequest())
-        pyro.set_rng_seed(seed)
-        monitor = None if monitor_every is None else Monitor(elbo, monitor_rows, seed)
-        run = Run(model, guide, elbo, weights, batches, configuration, monitor)
+        processes.asked = lambda: stop.by is not None
+        pyro.set_rng_seed(processes.seed(seed))
+        looks = monitor_every is not None and processes.first
+        monitor = Monitor(elbo, monitor_rows, seed) if looks else None
+        run = Run(
+            model, guide, elbo, weights, batches, configuration, monitor, processes, accumulate
+        )
         run.prepare(optimizer)
         if path is not None:
-            newest = newest_checkpoint(path)
-            if resume and newest is not None:
+            newest = processes.by_first(partial(newest_checkpoint, path)) if resume else None
+            if newest is not None:
                 run.load(newest, device)
             num_saves = -(-(num_iterations - run.iteration) // checkpoint_every)
-            check_space(path, run.checkpoint_size(num_entries), num_saves)
+            with processes.together():
+                if processes.first:
+                    check_space(path, run.checkpoint_size(num_entries), num_saves)
         if compile and run.iteration < num_iterations:
             run.compile(stack)
         bar = tqdm(
             total=num_iterations,
             initial=run.iteration,
             desc=description,
-            disable=not progress,
+            disable=not (progress and processes.first),
             mininterval=0.5,
             dynamic_ncols=True,
         )
         try:
-            while run.iteration < num_iterations and stop.by is None:
+            while run.iteration < num_iterations and not processes.stopping:
                 run.step()
                 bar.update(1)
                 if run.iteration % log_every == 0 or run.iteration == num_iterations:
@@ -296,9 +314,39 @@ def fit(
         finally:
             bar.close()
         run.finish()
-    if stop.by is not None:
-        raise Interrupted(stop.by, run.iteration, None if run.saved is None else run.saved[0])
-    return run.history
+        history = processes.broadcast(run.history)
+        # A signal to one of them, even after the last update, is one to all.
+        by = next(filter(None, processes.gather(stop.by)), None)
+    if by is not None:
+        raise Interrupted(by, run.iteration, None if run.saved is None else run.saved[0])
+    return history
+
+
+def _batches(
+    elbo: MaskedDiffusionELBO,
+    data: Tensor | Callable[[int], Tensor],
+    batch_size: int,
+    seed: int,
+    device: torch.device,
+    accumulate: int,
+    processes: Processes,
+) -> tuple[Batches | DrawnBatches, str]:
+    """This process's rows of the batches, and what a resumed run must find again."""
+    check = elbo.process.check_tokens
+    rank, size = processes.rank, processes.size
+    share = share_of(batch_size, rank, size, accumulate)
+    if isinstance(data, Tensor):
+        fingerprint = f"{len(data)} rows, crc32 {zlib.crc32(data.cpu().numpy().tobytes()):08x}"
+        return Batches(check(data, "data"), batch_size, seed, device, share), fingerprint
+    if not callable(data):
+        raise TypeError(
+            f"data must be a tensor of tokens or a function of the batch size, got "
+            f"{type(data).__name__}"
+        )
+    exact = size * accumulate > 1
+    check_rows = partial(check, name="data")
+    batches = DrawnBatches(data, batch_size, check_rows, device, rank, size, exact)
+    return batches, getattr(data, "fingerprint", "drawn by a function")
 
 
 def fit_guide(

@@ -72,15 +72,21 @@ class Weights:
     def values(self) -> list[Tensor]:
         return list(self.named.values())
 
+    def tensors(self) -> dict[str, Tensor]:
+        """All that the programs keep by name: parameters, trained or not, and buffers."""
+        held = {
+            f"{prefix}.{name}": value
+            for prefix, module in self.modules.items()
+            for name, value in module.state_dict(keep_vars=True).items()
+            if isinstance(value, Tensor)
+        }
+        return {**held, **{n: p for n, p in self.named.items() if n.startswith("store.")}}
+
     def buffers(self) -> list[Tensor]:
         """What the modules keep besides parameters, such as batch statistics."""
         parameters = {id(p) for module in self.modules.values() for p in module.parameters()}
-        return [
-            value
-            for module in self.modules.values()
-            for value in module.state_dict(keep_vars=True).values()
-            if isinstance(value, Tensor) and id(value) not in parameters
-        ]
+        stored = {id(p) for p in self.named.values()}
+        return [v for v in self.tensors().values() if id(v) not in parameters | stored]
 
     def state(self) -> dict[str, Any]:
         buffers = {name: module.state_dict() for name, module in self.modules.items()}

@@ -11,6 +11,9 @@ over vectors that hold all parameters (:mod:`vadd_pyro.compiled.layout`). What c
 to update (``lambda``, step sizes) is a tensor that the graph is given. If loss or gradient are not
 finite, nothing is written. Another optimiser than Adam and AdamW steps by itself, on the graph's
 gradient.
+
+Where several processes or parts of a batch share an update, it is two graphs: one up to the
+gradient of a part, and one from the mean of all gradients on.
 """
 
 from __future__ import annotations
@@ -24,10 +27,13 @@ import torch
 from torch import Tensor
 
 from vadd_pyro.checkpoints import random_state, restore_random_state
+from vadd_pyro.compiled.adam import decoupled, is_plain_adam
 from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
 from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.products import choose_products
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
+from vadd_pyro.distributed import Processes
+from vadd_pyro.exchange import Exchange
 
 __all__ = ["Update", "UpdateResult"]
 
@@ -67,6 +73,8 @@ class Update:
         kl_weight: ``lambda`` at which the graph is compared with the programs.
         products: which library computes which product, as an earlier run of it has decided
             (:mod:`vadd_pyro.compiled.products`); None measures. The decisions are in ``products``.
+        accumulate: into how many parts the rows are divided.
+        processes: whose gradients are averaged.
 
     Raises:
         NotOneGraphError: saying why there is no such graph; nothing has been changed then.
@@ -81,14 +89,20 @@ class Update:
         x_0: Tensor,
         kl_weight: float,
         products: Mapping[str, bool] | None = None,
+        accumulate: int = 1,
+        processes: Processes | None = None,
     ) -> None:
+        processes = Processes() if processes is None else processes
         self.optimizer = optimizer
-        self.fused = _is_plain_adam(optimizer)
+        self.fused = is_plain_adam(optimizer)
         self.clip_norm = clip_norm
         self.shape = x_0.shape
+        self.accumulate = accumulate
+        self._alone = processes.alone
+        self._num_parts = processes.size * accumulate
         self._loss = loss
         loss.check_hooks()
-        x_0 = x_0.contiguous()
+        x_0 = x_0.chunk(accumulate)[0].contiguous()
         random = random_state()
         reference = loss.eager(x_0, kl_weight)
         names = {id(p): name for name, p in loss.parameters.items()}
@@ -101,6 +115,8 @@ class Update:
             raise NotOneGraphError("the optimiser does not hold all parameters of the loss")
         self.steps = self._read_steps()
         self.layout = Layout(self.parameters)
+        like = next(iter(self.parameters.values())).detach()
+        self.exchange = Exchange(processes, self.layout.size, like)
         zero = torch.zeros_like
         kept: list[Sequence[Tensor]] = [list(self.parameters.values())]
         if self.fused:
@@ -115,9 +131,12 @@ class Update:
             self.vectors = [self.layout.joined([v.detach() for v in values]) for values in kept]
         inputs = [*self.vectors, self._numbers(kl_weight, [0.0] * len(self._groups), 1.0), x_0]
         with pyro.validation_enabled(False):
-            graph = capture(self._traced, inputs)
-        self.products = choose_products(graph, products)
-        self._graph = compile_graph(graph, inputs)
+            if self._num_parts == 1:
+                graph = capture(self._traced, inputs)
+                self.products = choose_products(graph, products)
+                self._graph = compile_graph(graph, inputs)
+            else:
+                self.products = self._make_two(inputs, products)
         restore_random_state(random)
         check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
         # Again on other rows and random numbers and much later, for what the trace has frozen.
@@ -135,7 +154,45 @@ class Update:
 
     def _traced(self, *inputs: Tensor) -> tuple[Tensor, ...]:
         *vectors, numbers, x_0 = inputs
-        values = vectors[0]
+        loss, kl, gradient = self._differentiated(vectors[0], numbers, x_0)
+        with torch.no_grad():
+            return self._updated(vectors, numbers, loss, kl, gradient)
+
+    def _make_two(
+        self, inputs: Sequence[Tensor], products: Mapping[str, bool] | None
+    ) -> dict[str, bool]:
+        """The graph up to the gradient, and that from the gradient on; decisions on products."""
+        *vectors, numbers, x_0 = inputs
+
+        def of_part(values: Tensor, numbers: Tensor, x_0: Tensor) -> tuple[Tensor]:
+            loss, kl, gradient = self._differentiated(values, numbers, x_0)
+            told = torch.cat([gradient, torch.stack([loss, kl]), gradient.new_zeros(2)])
+            return (told / self._num_parts,)
+
+        def of_all(*inputs: Tensor) -> tuple[Tensor, ...]:
+            *vectors, numbers, told = inputs
+            loss, kl = told[self.layout.size : self.layout.size + 2].unbind()
+            return self._updated(vectors, numbers, loss, kl, told[: self.layout.size])
+
+        first, second = [vectors[0], numbers, x_0], [*vectors, numbers, self.exchange.empty()]
+        of_gradient = capture(of_part, first)
+        chosen = choose_products(of_gradient, products)
+        self._gradient = compile_graph(of_gradient, first)
+        with torch.no_grad():
+            self._rest = compile_graph(capture(of_all, second), second)
+
+        def graph(*inputs: Tensor) -> Any:
+            *vectors, numbers, x_0 = inputs
+            (told,) = self._gradient(vectors[0], numbers, x_0)
+            return self._rest(*vectors, numbers, told * self._num_parts)
+
+        self._graph = graph
+        return chosen
+
+    def _differentiated(
+        self, values: Tensor, numbers: Tensor, x_0: Tensor
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """Loss and KL of a row, and the gradient."""
         found = self._loss(self.layout.views(values), x_0, numbers[0])
         with torch.no_grad():
             if set(found.gradients) != set(self.layout.shapes):
@@ -145,19 +202,32 @@ class Update:
                     "somewhere else than their modules, such as Pyro's store"
                 )
             gradient = self.layout.joined([found.gradients[name] for name in self.layout.shapes])
-            norm = gradient.norm()
-            if self.clip_norm is not None:
-                gradient = gradient * (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
-            result = torch.stack([found.loss, found.kl, norm])
-            if not self.fused:
-                return result, gradient
-            finite = found.loss.isfinite() & norm.isfinite()
-            new = self._adam(values, vectors[1], vectors[2], gradient, numbers)
-            if self._averaged:
-                new.append(vectors[3].lerp(new[0], numbers[1]))
-            for old, value in zip(vectors, new, strict=True):
-                old.copy_(torch.where(finite, value, old))
-            return (result,)
+            return found.loss, found.kl, gradient
+
+    def _updated(
+        self,
+        vectors: Sequence[Tensor],
+        numbers: Tensor,
+        loss: Tensor,
+        kl: Tensor,
+        gradient: Tensor,
+    ) -> tuple[Tensor, ...]:
+        """Write new values, if all is finite: what was found, and the gradient for an optimiser
+        that steps by itself.
+        """
+        norm = gradient.norm()
+        if self.clip_norm is not None:
+            gradient = gradient * (self.clip_norm / (norm + 1e-6)).clamp_max(1.0)
+        result = torch.stack([loss, kl, norm])
+        if not self.fused:
+            return result, gradient
+        finite = loss.isfinite() & norm.isfinite()
+        new = self._adam(vectors[0], vectors[1], vectors[2], gradient, numbers)
+        if self._averaged:
+            new.append(vectors[3].lerp(new[0], numbers[1]))
+        for old, value in zip(vectors, new, strict=True):
+            old.copy_(torch.where(finite, value, old))
+        return (result,)
 
     def _adam(
         self, values: Tensor, first: Tensor, second: Tensor, gradient: Tensor, numbers: Tensor
@@ -176,7 +246,7 @@ class Update:
             start = stop
             beta_1, beta_2 = group["betas"]
             if decay := group["weight_decay"]:
-                if _decoupled(self.optimizer, group):
+                if decoupled(self.optimizer, group):
                     p = p * (1 - rate * decay)
                 else:
                     g = g + decay * p
@@ -227,7 +297,7 @@ class Update:
             beta, decay = group["betas"][0], group["weight_decay"]
             for name in names:
                 gradient = (new[name] - beta * old[name]) / (1 - beta)
-                if decay and not _decoupled(self.optimizer, group):
+                if decay and not decoupled(self.optimizer, group):
                     gradient = gradient - decay * values[name]
                 undone.append(gradient)
         return undone
@@ -299,33 +369,31 @@ class Update:
         x_0 = x_0.contiguous()
         rates = [float(group["lr"]) for group in self.optimizer.param_groups]
         numbers = self._numbers(kl_weight, rates, average)
+        if self._num_parts == 1:
+            found = self._graph(*self.vectors, numbers, x_0)
+        else:
+            found = self._rest(*self.vectors, numbers, self._mean(x_0, numbers))
+        result = UpdateResult(*found[0].tolist())
         if self.fused:
-            (result,) = self._graph(*self.vectors, numbers, x_0)
-            found = UpdateResult(*result.tolist())
-            self.steps += found.finite
-            return found
-        result, gradient = self._graph(*self.vectors, numbers, x_0)
-        found = UpdateResult(*result.tolist())
-        if found.finite:
+            self.steps += result.finite
+        elif result.finite:
             self.optimizer.zero_grad(set_to_none=True)
-            for name, own in self.layout.views(gradient).items():
+            for name, own in self.layout.views(found[1]).items():
                 self.parameters[name].grad = own
             self.optimizer.step()
             if self._averaged:
                 with torch.no_grad():
                     self.vectors[-1].lerp_(self.vectors[0], average)
-        return found
+        return result
 
-
-def _is_plain_adam(optimizer: torch.optim.Optimizer) -> bool:
-    """Whether it is Adam or AdamW without options that the graph does not know."""
-    if type(optimizer) not in (torch.optim.Adam, torch.optim.AdamW):
-        return False
-    if optimizer._optimizer_step_pre_hooks or optimizer._optimizer_step_post_hooks:
-        return False
-    odd = ("amsgrad", "maximize", "differentiable", "capturable")
-    return not any(group.get(name) for group in optimizer.param_groups for name in odd)
-
-
-def _decoupled(optimizer: torch.optim.Optimizer, group: dict[str, Any]) -> bool:
-    return group.get("decoupled_weight_decay", isinstance(optimizer, torch.optim.AdamW))
+    def _mean(self, x_0: Tensor, numbers: Tensor) -> Tensor:
+        """Gradient, loss and KL, means over the parts of all processes."""
+        with self.exchange.watching():
+            parts = x_0.chunk(self.accumulate)
+            (told,) = self._gradient(self.vectors[0], numbers, parts[0])
+            for part in parts[1:]:
+                told += self._gradient(self.vectors[0], numbers, part)[0]
+        if not self._alone:
+            loss, kl = told[self.layout.size : self.layout.size + 2].tolist()
+            self.exchange(told, loss, kl)
+        return told

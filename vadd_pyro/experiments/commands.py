@@ -15,6 +15,7 @@ from torch import Tensor
 from vadd_pyro.checkpoints import check_writable, read_json, write_json
 from vadd_pyro.data import DataSet
 from vadd_pyro.data.text import TextData
+from vadd_pyro.distributed import Processes, joined
 from vadd_pyro.experiments import drawing, report
 from vadd_pyro.experiments.evaluation import Judge, evaluate
 from vadd_pyro.experiments.settings import Settings
@@ -44,10 +45,14 @@ def run_train(
     *,
     measure: dict[str, Any] | None = None,
     checkpoint_every: int = 250,
+    accumulate: int = 1,
     device: str | None = None,
     progress: bool = True,
 ) -> list[Path]:
     """Train each of some settings from several seeds, and measure them if asked to.
+
+    Processes that ``torchrun`` has started train together; the first of them measures, when all is
+    trained.
 
     Args:
         settings: one for each model, all of the same data.
@@ -56,6 +61,7 @@ def run_train(
         measure: arguments of :func:`~vadd_pyro.experiments.evaluation.evaluate`, None not to
             measure.
         checkpoint_every: updates between two checkpoints.
+        accumulate: into how many parts each process divides its rows of a batch.
         device: where to compute.
         progress: whether to show bars.
 
@@ -63,33 +69,56 @@ def run_train(
         The run folders.
     """
     out = Path(out)
-    check_writable(out / report.FILE)
     plan = [
         replace(one, seed=one.seed + number) for number in range(num_seeds) for one in settings
     ]
     alone = len(plan) == 1
     folders = [out if alone else out / one.model / f"seed{one.seed}" for one in plan]
-    for one, folder in zip(plan, folders, strict=True):
-        check_folder(one, folder)  # before the first of them is trained
     judge = None
-    if measure is not None and measure["sample_steps"]:
-        judge = _judge(load_data(plan[0]), measure)
-    for one, folder in zip(plan, folders, strict=True):
-        _say(f"{one.data}, {one.title}, seed {one.seed}: {folder}")
-        run = train(
-            one, folder, checkpoint_every=checkpoint_every, device=device, progress=progress
-        )
-        minutes = sum(run.seconds.values()) / 60
-        _say(f"trained for {minutes:.1f} minutes; wrote {folder / 'run.pt'}")
-        if measure is not None:
+    waiting: list[tuple[Experiment, Path]] = []
+    with joined(device or "cpu") as device:
+        processes = Processes.current()
+        with processes.together():
+            if processes.first:
+                check_writable(out / report.FILE)
+                for one, folder in zip(plan, folders, strict=True):
+                    check_folder(one, folder)  # before the first of them is trained
+        if measure is not None and processes.alone:
+            judge = _judge(plan[0], measure)
+        for one, folder in zip(plan, folders, strict=True):
+            if processes.first:
+                _say(f"{one.data}, {one.title}, seed {one.seed}: {folder}")
+            run = train(
+                one,
+                folder,
+                checkpoint_every=checkpoint_every,
+                accumulate=accumulate,
+                device=device,
+                progress=progress,
+            )
+            if processes.first:
+                minutes = sum(run.seconds.values()) / 60
+                _say(f"trained for {minutes:.1f} minutes; wrote {folder / 'run.pt'}")
+            if measure is not None and processes.alone:
+                _measure(run, folder, measure, judge, progress)
+            elif measure is not None and processes.first:
+                waiting.append((run, folder))  # the others are not to wait for it
+    if measure is not None and processes.first:
+        if waiting:
+            judge = _judge(plan[0], measure)
+        for run, folder in waiting:
             _measure(run, folder, measure, judge, progress)
-    if measure is not None:
         print(report.write_report(out, report.collect(folders)))
         _say(f"wrote {out / 'summary.md'} and {out / 'quality.png'}")
     return folders
 
 
-def _judge(data: DataSet, options: dict[str, Any]) -> Judge:
+def _judge(settings: Settings, options: dict[str, Any]) -> Judge | None:
+    """Who measures samples, if any are."""
+    return _judge_of(load_data(settings), options) if options["sample_steps"] else None
+
+
+def _judge_of(data: DataSet, options: dict[str, Any]) -> Judge:
     judge = Judge(data, options["num_samples"], options["seed"])
     for metric, why in judge.left_out.items():
         _say(f"{metric} is not measured: {why}")
@@ -168,7 +197,7 @@ def run_evaluate(
         run = load(place, path, device=device)
         _say(f"{run.title}: {place}")
         if options["sample_steps"] and judge is None:
-            judge = _judge(run.data, options)
+            judge = _judge_of(run.data, options)
         results.append(_measure(run, place, options, judge, progress))
     text = report.write_report(out, report.check_together(results))
     _say(f"wrote {out / 'summary.md'} and {out / 'quality.png'}")

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +22,7 @@ from vadd_pyro import zoo
 from vadd_pyro.annealing import LinearAnnealing
 from vadd_pyro.checkpoints import check_writable, remove_stale, write_json
 from vadd_pyro.data import DataSet
+from vadd_pyro.distributed import Processes
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.experiments.settings import Settings
 from vadd_pyro.experiments.store import Experiment, build, check_folder, load_data, save
@@ -61,15 +63,18 @@ def train(
     folder: str | Path,
     *,
     checkpoint_every: int = 250,
+    accumulate: int = 1,
     device: str | None = None,
     progress: bool = True,
 ) -> Experiment:
-    """Train a pair, or go on where its run folder stands. Other processes are kept out of it.
+    """Train a pair, or go on where its run folder stands. Other processes are kept out of it,
+    unless they are of the same process group and train it together.
 
     Args:
         settings: what and how.
         folder: the run folder; made if need be.
         checkpoint_every: updates between two checkpoints.
+        accumulate: into how many parts each process divides its rows of a batch.
         device: where to compute; the CPU by default.
         progress: whether to show bars.
 
@@ -82,15 +87,25 @@ def train(
         Further, whatever :func:`vadd_pyro.fit` raises.
     """
     folder = Path(folder)
-    check_folder(settings, folder)
-    data = load_data(settings)
-    pair = build(settings, data, device)
+    processes = Processes.current()
+    processes.by_first(lambda: check_folder(settings, folder))
+    data = processes.in_turns(lambda: load_data(settings))
+    with processes.together():
+        pair = build(settings, data, device)
+    with ExitStack() as stack:
+        with processes.together():
+            if processes.first:
+                _take(folder, settings, stack)
+        return _train(settings, data, pair, folder, checkpoint_every, accumulate, progress)
+
+
+def _take(folder: Path, settings: Settings, stack: ExitStack) -> None:
+    """Keep other processes out of the folder, and begin the run there if it is new."""
     check_writable(folder / "settings.json")
-    with locked_folder(folder):
-        remove_stale(folder)
-        if not check_folder(settings, folder):  # again: another process may just have been there
-            write_json(folder / "settings.json", settings.to_dict())
-        return _train(settings, data, pair, folder, checkpoint_every, progress)
+    stack.enter_context(locked_folder(folder))
+    remove_stale(folder)
+    if not check_folder(settings, folder):  # again: another process may just have been there
+        write_json(folder / "settings.json", settings.to_dict())
 
 
 def _train(
@@ -99,8 +114,10 @@ def _train(
     pair: zoo.Pair,
     folder: Path,
     checkpoint_every: int,
+    accumulate: int,
     progress: bool,
 ) -> Experiment:
+    processes = Processes.current()
     model, guide = pair.model, pair.guide
     histories = {}
     for number, stage in enumerate(_stages(settings, data)):
@@ -124,6 +141,7 @@ def _train(
             optimizer=_optimizer(settings, stage.learning_rate),
             precision=settings.precision,
             compile=settings.compile,
+            accumulate=accumulate,
             seed=settings.seed,
             checkpoint=folder / f"{stage.name}.pt",
             checkpoint_every=checkpoint_every,
@@ -131,9 +149,13 @@ def _train(
             progress=progress,
             description=f"{data.name}, {settings.title}, {stage.name}",
         )
-    write_json(folder / "history.json", {name: h.to_dict() for name, h in histories.items()})
     seconds = {name: history.seconds[-1] for name, history in histories.items()}
-    return save(folder, settings, data, model, guide, seconds)
+    with processes.together():
+        if processes.first:
+            found = {name: history.to_dict() for name, history in histories.items()}
+            write_json(folder / "history.json", found)
+            save(folder, settings, data, model, guide, seconds)
+    return Experiment(settings, data, model, guide, data.process(), seconds)
 
 
 def _has_parameters(guide: Any) -> bool:

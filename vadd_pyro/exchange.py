@@ -1,0 +1,167 @@
+r"""What the processes of a training run tell each other in an update: one vector.
+
+Gradients, loss, KL, which parameters have a gradient, and whether a process was asked to stop or
+has failed are summed once an update by ``torch.distributed.all_reduce``, which needs no more than
+``2 (P - 1) / P`` times the bytes of the vector to and from each of ``P`` processes. What is one
+number for all of them then (a loss that is not finite, a signal to one) is known to all at the
+same update.
+
+``DistributedDataParallel`` sums the same in pieces, while backward still runs. It wants one
+module whose forward is the loss; here the loss is that of two programs, which may be functions
+with parameters in Pyro's store or run twice, and of graphs that have their gradient as a vector
+already. docs/scaling.md says what it would gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import AbstractContextManager, contextmanager, suppress
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from vadd_pyro.distributed import OtherProcessError, Processes, answering
+
+__all__ = ["Exchange", "GradientSum"]
+
+_TAIL = 4  # loss, KL, whether to stop, whether a process has failed
+
+
+class Exchange:
+    """The one vector that processes tell each other in an update; its sum takes its place.
+
+    Args:
+        processes: who takes part.
+        length: how many numbers are told besides loss and KL.
+        like: a tensor of their precision, where they are.
+    """
+
+    def __init__(self, processes: Processes, length: int, like: Tensor) -> None:
+        self.processes = processes
+        self.length = length
+        self._like = like
+
+    def empty(self) -> Tensor:
+        """A vector of zeros, with room for what :meth:`__call__` adds."""
+        return self._like.new_zeros(self.length + _TAIL)
+
+    @contextmanager
+    def watching(self) -> Iterator[None]:
+        """An error in here is raised on all processes, where the others call the exchange.
+
+        Raises:
+            Exception: as :meth:`Processes.together` does.
+        """
+        try:
+            yield
+        except Exception as error:
+            if not self.processes.alone:
+                failed = self.empty()
+                failed[-1] = 1.0
+                with suppress(OtherProcessError):  # this process's own error is what matters here
+                    self.sum(failed)
+                    self.processes.agree_on(error)
+            raise
+
+    def __call__(self, vector: Tensor, loss: float, kl: float) -> tuple[float, float]:
+        """Make a vector the sum of those of all processes; also loss and KL, which are returned.
+
+        Args:
+            vector: ``(length + 4,)``, as from :meth:`empty`; the last four numbers are its own.
+            loss, kl: what this process's rows add to those of a row of the batch, nats.
+        """
+        asked = float(self.processes.asked())
+        vector[-_TAIL:] = vector.new_tensor([loss, kl, asked, 0.0])
+        self.sum(vector)
+        loss, kl, stop, failed = vector[-_TAIL:].tolist()
+        if failed:
+            self.processes.agree_on(None)
+        self.processes.agreed = stop > 0
+        return loss, kl
+
+    def sum(self, vector: Tensor) -> None:
+        """Make a vector, with nothing added, the sum of those of all processes."""
+        with answering():
+            dist.all_reduce(vector)
+
+
+class GradientSum:
+    """The sum over processes of the gradients of parameters, with loss and KL.
+
+    A parameter that has a gradient in some processes counts as zero in the others; one that has
+    none in any has none in the end, as it would have in one process.
+
+    Args:
+        processes: who takes part.
+        named: all parameters by name.
+    """
+
+    def __init__(self, processes: Processes, named: Mapping[str, Tensor]) -> None:
+        self.processes = processes
+        self.named = dict(named)
+        kinds = {p.dtype for p in self.named.values()}
+        # Loss and KL go with numbers that are exact enough for them.
+        self._main = next((k for k in (torch.float32, torch.float64) if k in kinds), torch.float32)
+        like = next(iter(self.named.values())).detach().new_empty(0, dtype=self._main)
+        self._exchange = Exchange(processes, self._size(self._main) + len(self.named), like)
+        self._vectors: dict[torch.dtype, Tensor] = {}  # the gradients of each precision
+        self._views: dict[str, Tensor] = {}
+
+    def _size(self, kind: torch.dtype) -> int:
+        return sum(p.numel() for p in self.named.values() if p.dtype == kind)
+
+    def watching(self) -> AbstractContextManager[None]:
+        """As :meth:`Exchange.watching`."""
+        return self._exchange.watching()
+
+    def __call__(self, loss: float, kl: float) -> tuple[float, float]:
+        """Make the gradients the sums over processes; also loss and KL, which are returned."""
+        if self.processes.alone:
+            return loss, kl
+        with self.watching():
+            self._fill()
+        main = self._vectors[self._main]
+        loss, kl = self._exchange(main, loss, kl)
+        for kind, vector in self._vectors.items():
+            if kind != self._main:
+                self._exchange.sum(vector)
+        present = main[-_TAIL - len(self.named) : -_TAIL].tolist()
+        for (name, parameter), held in zip(self.named.items(), present, strict=True):
+            if not held:
+                parameter.grad = None
+            elif parameter.is_contiguous():
+                parameter.grad = self._views[name]
+            else:
+                parameter.grad = torch.empty_like(parameter).copy_(self._views[name])
+        return loss, kl
+
+    def _fill(self) -> None:
+        """Lay the gradients of this process out in the vectors."""
+        if not self._vectors:
+            self._allocate()
+        held = {name: p.grad for name, p in self.named.items()}
+        for name, gradient in held.items():
+            if gradient is None:
+                self._views[name].zero_()
+            elif gradient.is_sparse:
+                raise TypeError(
+                    f"the gradient of {name} is sparse: expected dense gradients with several "
+                    "processes, such as those of torch.nn.Embedding(sparse=False)"
+                )
+        present = {name: gradient for name, gradient in held.items() if gradient is not None}
+        if present:
+            torch._foreach_copy_([self._views[n] for n in present], list(present.values()))
+        main = self._vectors[self._main]
+        main[-_TAIL - len(held) : -_TAIL] = main.new_tensor([g is not None for g in held.values()])
+
+    def _allocate(self) -> None:
+        like = next(iter(self.named.values())).detach()
+        kinds = {p.dtype for p in self.named.values()} - {self._main}
+        self._vectors = {self._main: self._exchange.empty()}
+        self._vectors |= {kind: like.new_zeros(self._size(kind), dtype=kind) for kind in kinds}
+        starts = dict.fromkeys(self._vectors, 0)
+        for name, p in self.named.items():
+            start = starts[p.dtype]
+            self._views[name] = self._vectors[p.dtype][start : start + p.numel()].view(p.shape)
+            starts[p.dtype] += p.numel()
