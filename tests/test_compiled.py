@@ -147,7 +147,9 @@ def test_frozen_parameters_and_those_without_gradient_stay():
     for compiled in (False, True):
         model, guide = programs()
         before = model.unused.weight.clone()
-        fit(model, guide, annealed(), X, 6, **OPTIONS, compile=compiled)
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            fit(model, guide, annealed(), X, 6, **OPTIONS, compile=compiled)
         assert torch.equal(model.unused.weight, before)
         found.append(state(model, guide))
     assert (found[0] - found[1]).abs().max() < 1e-4

@@ -87,7 +87,8 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModu
     except Exception as error:
         raise NotOneGraphError(_reason(error)) from error
     for node in graph.graph.find_nodes(op="get_attr"):
-        if isinstance(getattr(graph, str(node.target), None), nn.Parameter):
+        constant = getattr(graph, str(node.target), None)
+        if isinstance(constant, nn.Parameter) and constant.requires_grad:
             raise NotOneGraphError("the programs hold a parameter outside their modules' places")
     for node, value in zip(graph.graph.find_nodes(op="placeholder"), inputs, strict=True):
         node.meta.setdefault("val", value)
