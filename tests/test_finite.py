@@ -7,25 +7,10 @@ import math
 import pytest
 import torch
 from torch import nn
-from training_runs import (
-    PROCESS,
-    Stream,
-    X,
-    pair,
-    state,
-    train,
-)
+from training_runs import PROCESS, Stream, X, pair, state, train
 
-from vadd_pyro import (
-    MaskedDiffusionELBO,
-    NonFiniteLossError,
-    fit,
-    guides,
-    models,
-)
-from vadd_pyro.checkpoints import (
-    load_checkpoint,
-)
+from vadd_pyro import MaskedDiffusionELBO, NonFiniteLossError, fit, guides, models
+from vadd_pyro.checkpoints import load_checkpoint
 from vadd_pyro.finite import clip_gradient
 
 
