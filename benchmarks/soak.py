@@ -1,6 +1,6 @@
 r"""Does a long run keep its memory? Training, stopped and resumed over and over in one process.
 
-    python benchmarks/soak.py [--minutes 30] [--tolerance 0.5] [--json FILE]
+    python benchmarks/soak.py [--minutes 30] [--tolerance 0.2] [--json FILE]
 
 Every few seconds the training run, which has checkpoints and a watch on its latents, stops itself
 by SIGTERM, as a scheduler would. Then rows are sampled and scored, a new pair is built, and the
@@ -143,7 +143,7 @@ def main() -> int:
     parser.add_argument("--minutes", type=float, default=30.0, help="how long; default 30")
     parser.add_argument("--seconds", type=float, default=3.0, help="of each round; default 3")
     parser.add_argument(
-        "--tolerance", type=float, default=0.5, help="MB per minute that pass; default 0.5"
+        "--tolerance", type=float, default=0.2, help="MB per minute that pass; default 0.2"
     )
     parser.add_argument("--json", type=Path, help="where the values go")
     arguments = parser.parse_args()

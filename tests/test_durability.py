@@ -62,7 +62,7 @@ def test_fifty_kills_lose_nothing_and_change_nothing(tmp_path):
         [sys.executable, str(TESTS / "kill_trials.py"), str(tmp_path), "50", "0"],
         capture_output=True,
         text=True,
-        timeout=600,
+        timeout=1200,
     )
     assert found.returncode == 0, found.stderr
     told = json.loads(found.stdout)
@@ -373,17 +373,8 @@ def test_no_half_written_file_takes_the_place_of_a_whole_one(share, tmp_path, mo
 def test_a_full_disk_or_a_damaged_checkpoint_stops_a_comparison_and_costs_no_cell(
     tmp_path, monkeypatch, capsys
 ):
-    command = [
-        "compare",
-        "--data",
-        "moons",
-        "--priors",
-        "none",
-        "--seeds",
-        "1",
-        "--vocab-size",
-        "8",
-    ]
+    command = ["compare", "--data", "moons", "--priors", "none", "--seeds", "1"]
+    command += ["--vocab-size", "8"]
     command += ["--batch-size", "16", "--num-held-out", "50", "--num-iterations", "30"]
     command += ["--checkpoint-every", "5", "--no-progress", "--out", str(tmp_path)]
     save = trainer.save_checkpoint

@@ -7,25 +7,11 @@ import math
 import pytest
 import torch
 from torch import nn
-from training_runs import (
-    PROCESS,
-    Stream,
-    X,
-    pair,
-    state,
-    train,
-)
+from training_runs import PROCESS, Stream, X, pair, state, train
 
-from vadd_pyro import (
-    MaskedDiffusionELBO,
-    NonFiniteLossError,
-    fit,
-    guides,
-    models,
-)
-from vadd_pyro.checkpoints import (
-    load_checkpoint,
-)
+from vadd_pyro import MaskedDiffusionELBO, NonFiniteLossError, fit, guides, models
+from vadd_pyro.checkpoints import load_checkpoint
+from vadd_pyro.finite import clip_gradient
 
 
 class Poisoned(nn.Module):
@@ -170,12 +156,32 @@ def train_with(path, programs, **settings):
     fit(*programs, elbo, X, 30, checkpoint=path, resume=True, progress=False, **settings)
 
 
-def test_sparse_gradients_are_looked_at_too():
-    from vadd_pyro.finite import clip_gradient
+def test_clipping_is_torchs_to_the_bit():
+    generator = torch.Generator().manual_seed(0)
+    for spread in (1e-4, 0.1, 30.0):
+        sets = []
+        for _ in range(2):
+            generator.manual_seed(5)
+            shapes = ((3, 4), (7,), ())
+            sets.append([nn.Parameter(torch.randn(s, generator=generator)) for s in shapes])
+            for parameter in sets[-1]:
+                parameter.grad = spread * torch.randn(parameter.shape, generator=generator)
+            sets[-1].append(nn.Parameter(torch.ones(2)))  # without a gradient
+        mine, theirs = sets
+        for clip_norm in (None, 0.7):
+            assert clip_gradient(dict(zip("abcd", mine, strict=True)), clip_norm) == ""
+            nn.utils.clip_grad_norm_(theirs, math.inf if clip_norm is None else clip_norm)
+            for one, other in zip(mine[:3], theirs[:3], strict=True):
+                assert torch.equal(one.grad, other.grad)
 
+
+def test_sparse_gradients_are_looked_at_too():
     table = nn.Embedding(5, 2, sparse=True)
     table(torch.tensor([1, 1, 2])).sum().backward()
-    assert clip_gradient({"table": table.weight}, None) == ""
+    assert clip_gradient({"table": table.weight}, 0.5) == ""
+    dense = table.weight.grad.to_dense()
+    assert float(dense.norm()) == pytest.approx(0.5, rel=1e-5)
+    assert torch.allclose(dense[1], 2 * dense[2])
     (table(torch.tensor([3])) * math.nan).sum().backward()
     assert clip_gradient({"table": table.weight}, None) == "the gradient of table is not finite"
     assert clip_gradient({"none": nn.Parameter(torch.ones(1))}, 1.0) == ""

@@ -14,27 +14,10 @@ import time
 
 import pytest
 import torch
-from training_runs import (
-    Stream,
-    assert_ends_as,
-    pair,
-    signalling,
-    state,
-    train,
-)
+from training_runs import Stream, assert_ends_as, pair, signalling, state, train
 
-from vadd_pyro import (
-    Interrupted,
-    InUseError,
-    cli,
-    experiments,
-    interruption,
-    trainer,
-)
-from vadd_pyro.checkpoints import (
-    load_checkpoint,
-    previous_of,
-)
+from vadd_pyro import Interrupted, InUseError, cli, experiments, interruption, trainer
+from vadd_pyro.checkpoints import load_checkpoint, previous_of
 from vadd_pyro.experiments.settings import Settings
 from vadd_pyro.locks import locked, locked_folder
 

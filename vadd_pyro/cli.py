@@ -39,7 +39,7 @@ def _add_compare(commands: Any) -> None:
         "results.csv, results.json, summary.md and figures. The same command goes on where a "
         "killed run stopped, and a larger grid adds to a smaller one. Exit status: 0 if all cells "
         "are finished, 1 if some failed (the others are finished all the same) or the folder "
-        "cannot be used, 2 for bad arguments, 130 if interrupted.",
+        "cannot be used, 2 for bad arguments, 130 if interrupted, 143 if terminated.",
         epilog="Names of priors, guides, objectives and times are listed by --list; an import "
         "path such as mypkg.mine:MyPrior stands for something of your own.",
         formatter_class=argparse.ArgumentDefaultsHelpFormatter,

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 __all__ = ["NonFiniteLossError", "blame_loss", "clip_gradient", "not_finite"]
 
@@ -45,6 +45,9 @@ def blame_loss(reconstruction: float, kl: float, kl_weight: float) -> str:
 def clip_gradient(named: Mapping[str, Tensor], clip_norm: float | None) -> str:
     """Clip the norm of the gradient of all parameters, if it is finite.
 
+    The numbers are those of ``torch.nn.utils.clip_grad_norm_``, which scales first and, where the
+    norm is not finite, spoils the gradients of all.
+
     Args:
         named: the parameters by name.
         clip_norm: the largest norm; None does not clip.
@@ -53,40 +56,32 @@ def clip_gradient(named: Mapping[str, Tensor], clip_norm: float | None) -> str:
         Empty, or if it is not finite whose gradient is the culprit; the gradients are then as they
         were.
     """
-    parameters = [p for p in named.values() if p.grad is not None]
-    if not parameters:
+    for parameter in named.values():
+        if parameter.grad is not None and parameter.grad.is_sparse:
+            parameter.grad = parameter.grad.coalesce()  # entries of one place are one number
+    gradients = {name: p.grad for name, p in named.items() if p.grad is not None}
+    if not gradients:
         return ""
-    if clip_norm is None:
-        norm = _norm(parameters)
-    else:
-        try:
-            # The error comes before the gradients are scaled, by which all would be spoilt.
-            norm = float(
-                nn.utils.clip_grad_norm_(
-                    parameters, clip_norm, error_if_nonfinite=True, foreach=True
-                )
-            )
-        except RuntimeError:
-            norm = _norm(parameters)
-            if math.isfinite(norm):  # it was about something else
-                raise
-    return "" if math.isfinite(norm) else _blame_gradient(named, norm)
+    values = [_values(gradient) for gradient in gradients.values()]
+    norms = torch._foreach_norm(values)
+    norm = torch.stack([one.to(norms[0].device) for one in norms]).norm()
+    size = float(norm)
+    if not math.isfinite(size):
+        return _blame_gradient(dict(zip(gradients, values, strict=True)), size)
+    if clip_norm is not None and size + 1e-6 > clip_norm:
+        factor = clip_norm / (norm + 1e-6)
+        for device in {value.device for value in values}:
+            there = [value for value in values if value.device == device]
+            torch._foreach_mul_(there, factor.to(device))
+    return ""
 
 
-def _values(parameter: Tensor) -> Tensor:
-    """The numbers of a gradient, which may be sparse."""
-    gradient = parameter.grad
-    assert gradient is not None
+def _values(gradient: Tensor) -> Tensor:
+    """The numbers of a gradient, which may be sparse, in its own memory."""
     return gradient._values() if gradient.is_sparse else gradient
 
 
-def _norm(parameters: list[Tensor]) -> float:
-    norms = torch._foreach_norm([_values(p) for p in parameters])
-    return float(torch.stack([norm.to(norms[0].device) for norm in norms]).norm())
-
-
-def _blame_gradient(named: Mapping[str, Tensor], norm: float) -> str:
-    gradients = {name: _values(p) for name, p in named.items() if p.grad is not None}
+def _blame_gradient(gradients: Mapping[str, Tensor], norm: float) -> str:
     names = not_finite(gradients)
     if names:
         return f"the gradient of {names} is not finite"
