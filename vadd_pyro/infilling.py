@@ -104,16 +104,10 @@ def infill(
     x_start = torch.as_tensor(x_start)
     rows = x_start.unsqueeze(0) if x_start.dim() == 1 else x_start
     given = process.check_tokens(rows, "x_start", masks=True).to(device_of(model))
+    number = len(given) * num_particles
+    with evaluation(model):
+        size = rows_at_once(model, process, number, batch_size, max_bytes, given.device, args)
     with seeded(seed), evaluation(model):
-        size = rows_at_once(
-            model,
-            process,
-            len(given) * num_particles,
-            batch_size,
-            max_bytes,
-            given.device,
-            args,
-        )
         chains = _Chains(model, process, given, num_particles, size, args)
         for step in range(len(grid) - 1, 0, -1):
             chains.advance(grid, step)

@@ -181,19 +181,19 @@ def sample(
         x = x.repeat_interleave(num_samples, 0)
         grids = grids.repeat_interleave(num_samples, 0)
     pieces = []
-    with seeded(seed), evaluation(model):
+    with evaluation(model):
         size = rows_at_once(model, process, len(x), batch_size, max_bytes, where, args)
-        with compiled(model, compile):
-            for start in range(0, len(x), size):
-                part = slice(start, start + size)
-                edges = grids if len(grids) == 1 else grids[part]
-                rows = Rows(model, process, x[part], latents, args)
-                plan = make_plan(process, order, entropy_bound, remask, rows.masked, edges)
-                if plan is None:
-                    _reveal_random(rows, edges)
-                else:
-                    _reveal_planned(rows, plan)
-                pieces.append(rows.x)
+    with compiled(model, compile), seeded(seed), evaluation(model):
+        for start in range(0, len(x), size):
+            part = slice(start, start + size)
+            edges = grids if len(grids) == 1 else grids[part]
+            rows = Rows(model, process, x[part], latents, args)
+            plan = make_plan(process, order, entropy_bound, remask, rows.masked, edges)
+            if plan is None:
+                _reveal_random(rows, edges)
+            else:
+                _reveal_planned(rows, plan)
+            pieces.append(rows.x)
     return torch.cat(pieces)
 
 

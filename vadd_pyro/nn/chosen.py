@@ -45,8 +45,8 @@ def chosen_logits(
     """
     if not may_shorten(layer, len(h)) or layer.weight.dtype != h.dtype:
         return taken(full_precision(layer, h).view(-1, vocab_size), index)
-    weight = layer.weight.view(length, vocab_size, -1)
-    bias = None if layer.bias is None else layer.bias.view(length, vocab_size)
+    weight = layer.weight.unflatten(0, (length, vocab_size))
+    bias = None if layer.bias is None else layer.bias.unflatten(0, (length, vocab_size))
     if vocab_size > 2:
         return _logits(weight, bias, h, index)
     weight = weight[:, 1:] - weight[:, :1]
@@ -88,9 +88,8 @@ def _products(weight: Tensor, h: Tensor, index: Tensor) -> Tensor:
     length, columns, width = weight.shape
     column = index % length
     if columns > 1:
-        column = (
-            column.unsqueeze(-1) * columns + torch.arange(columns, device=column.device)
-        ).view(-1)
+        several = torch.arange(columns, device=index.device)
+        column = (column.unsqueeze(-1) * columns + several).view(-1)
     starts = row_starts(index, len(h), length) * columns
     every = weight.reshape(length * columns, width)
     shape = (len(h), len(every))

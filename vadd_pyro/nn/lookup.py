@@ -58,7 +58,7 @@ def _looked_up(layer: nn.Linear, tokens: nn.Module, x_t: Tensor) -> Tensor | Non
         return None
     memory = row_memory()
     if memory is None or len(memory) != num_rows:
-        return _Sums(layer, codes, num_rows).of(x_t, None)
+        return _Sums(layer, codes, num_rows).of(x_t, None, keep=False)
     sums = memory.held.get(id(layer))
     if sums is None or not sums.holds(layer, codes):
         sums = memory.held[id(layer)] = _Sums(layer, codes, memory.num_rows)
@@ -79,13 +79,12 @@ class _Sums:
         self.parameters = (layer.weight, layer.bias, codes)
         self.versions = [p._version for p in self.parameters if p is not None]
         self.vocab_size, self.size = len(codes) - 1, codes.shape[1]
-        self.weight = layer.weight.view(layer.out_features, -1, self.size)
+        self.weight = layer.weight.unflatten(1, (-1, self.size))
         base = self.weight.sum(1) @ codes[-1]
         self.base = base if layer.bias is None else base + layer.bias
         self.table: Tensor | None = None
         self.x: Tensor | None = None  # tokens, None for masks
         self.h = self.base.expand(num_rows, -1)
-        self.owned = False  # whether both may be written to
 
     def holds(self, layer: nn.Linear, codes: Tensor) -> bool:
         """Whether this was computed with the parameters as they are."""
@@ -94,29 +93,32 @@ class _Sums:
             return False
         return self.versions == [p._version for p in self.parameters if p is not None]
 
-    def of(self, x_t: Tensor, rows: Tensor | None) -> Tensor | None:
+    def of(self, x_t: Tensor, rows: Tensor | None, keep: bool = True) -> Tensor | None:
         """The sums of some rows, ``(n, width)``; None where a dense layer is faster.
 
         Args:
             x_t: their tokens, ``(n, D)``.
             rows: which they are, ``(n,)``; None for all.
+            keep: whether there will be a next time.
         """
         x, h = self.x, self.h
         if rows is not None:
             x = None if x is None else x.index_select(0, rows)
             h = h.index_select(0, rows)
         length = x_t.shape[1]
-        changed = (x_t != (self.vocab_size if x is None else x)).view(-1).nonzero().squeeze(-1)
+        differ = x_t != (self.vocab_size if x is None else x)
+        changed = differ.reshape(-1).nonzero().squeeze(-1)
         new = length * self.vocab_size * self.size if self.table is None else 0
         if len(changed) * _LOOKUP + new > x_t.numel() * self.size:
             return None
         if len(changed):
             h = h + self._change(x_t, changed)
             if x is not None:
-                before = x.view(-1).index_select(0, changed)
+                before = x.reshape(-1).index_select(0, changed)
                 if bool((before != self.vocab_size).any()):
                     h -= self._change(x, changed)
-        self._keep(x_t, h, rows)
+        if keep:
+            self._keep(x_t, h, rows)
         return h
 
     def _change(self, x_t: Tensor, index: Tensor) -> Tensor:
@@ -126,21 +128,19 @@ class _Sums:
             table = (codes - codes[-1]) @ self.weight.permute(1, 2, 0)
             self.table = table.reshape(-1, table.shape[-1])
         rows, length = x_t.shape
-        entry = x_t.view(-1).index_select(0, index)
+        entry = x_t.reshape(-1).index_select(0, index)
         entry += index % length * (self.vocab_size + 1)
         ends = row_starts(index, rows, length)
         return embedding_bag(entry, self.table, ends, mode="sum", include_last_offset=True)
 
     def _keep(self, x_t: Tensor, h: Tensor, rows: Tensor | None) -> None:
+        """Copies, for a caller may write to what it gave or got."""
+        if self.x is None:
+            self.x = x_t.new_full((self.num_rows, x_t.shape[1]), self.vocab_size)
+            self.h = self.h.clone()
         if rows is None:
-            self.x, self.h, self.owned = x_t, h, False
-            return
-        if not self.owned:
-            if self.x is None:
-                self.x = x_t.new_full((self.num_rows, x_t.shape[1]), self.vocab_size)
-            else:
-                self.x = self.x.clone()
-            self.h, self.owned = self.h.clone(), True
-        assert self.x is not None
-        self.x.index_copy_(0, rows, x_t)
-        self.h.index_copy_(0, rows, h)
+            self.x.copy_(x_t)
+            self.h.copy_(h)
+        else:
+            self.x.index_copy_(0, rows, x_t)
+            self.h.index_copy_(0, rows, h)

@@ -32,6 +32,7 @@ def may_shorten(layer: nn.Linear, num_rows: int) -> bool:
         and not torch.compiler.is_compiling()
         and weight.device.type == "cpu"
         and weight.dtype in (torch.float32, torch.float64)
+        and not weight.is_inference()  # which does not say when it was changed
         and not torch.is_autocast_enabled("cpu")
         and type(layer) is nn.Linear
         and is_plain(layer)
