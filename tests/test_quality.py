@@ -12,6 +12,7 @@ import torch
 from scipy.linalg import sqrtm
 
 from vadd_pyro import data, metrics
+from vadd_pyro.experiments import Judge
 from vadd_pyro.quality import (
     ImageFeatures,
     NGramModel,
@@ -521,3 +522,15 @@ def test_docstring_examples(module):
     found = doctest.testmod(module, extraglobs={"torch": torch})
     assert found.attempted > 0
     assert found.failed == 0
+
+
+def test_frechet_distance_of_real_rows_less_its_bias_is_about_zero(digits):
+    judge = Judge(digits, num_samples=359)
+    floor = {row["metric"]: row for row in judge.floor}
+    raw, unbiased = floor["frechet"], floor["frechet_unbiased"]
+    assert unbiased["stderr"] == raw["stderr"]
+    assert unbiased["value"] < raw["value"]
+    assert abs(unbiased["value"]) < 4 * raw["stderr"]
+    noise = torch.randint(2, (359, digits.length), generator=torch.Generator().manual_seed(0))
+    far = {row["metric"]: row["value"] for row in judge(noise)}
+    assert far["frechet_unbiased"] > 10 * raw["value"]

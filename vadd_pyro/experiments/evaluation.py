@@ -3,7 +3,8 @@ r"""What is measured of a trained pair: bounds on its likelihood, and the qualit
 * For each number of steps ``T`` the T-step bound (SPEC section 3b) on test rows, in nats per row,
   with its standard error; and the bound of one token a step.
 * For each ``T`` rows drawn with ``T`` steps, held against test rows: pictures by the Fréchet
-  distance in the features of a small classifier and a classifier two-sample test; text by n-gram
+  distance in the features of a small classifier (as it is, and less the bias of so few rows, as
+  the jackknife finds it) and a classifier two-sample test; text by n-gram
   Jensen-Shannon distance, bits per token under an n-gram model of the training text, and
   entropy; tables by the two-sample test. The same figures of real rows stand beside: of training
   rows against test rows, and for bits under an n-gram model, which knows the training text by
@@ -42,6 +43,7 @@ __all__ = ["QUALITY", "Judge", "evaluate"]
 Row = dict[str, Any]
 QUALITY = {
     "frechet": "Fréchet distance",
+    "frechet_unbiased": "Fréchet distance less its bias",
     "two_sample": "two-sample accuracy",
     "ngram_js": "n-gram JS, nats",
     "ngram_bits": "bits per token under an n-gram model",
@@ -89,7 +91,7 @@ class Judge:
                 self.left_out[metric] = str(error)
                 del self._metrics[metric]
                 continue
-            self.floor.append(_row(metric, found))
+            self.floor += _rows(metric, found)
         if not self._metrics:
             raise ValueError(
                 f"nothing can be measured of {num_samples} samples of {data.name}: "
@@ -115,7 +117,7 @@ class Judge:
         network = ImageFeatures(data, seed=self.seed)
         features = network.features(real)
         return {
-            "frechet": lambda x: frechet_distance(features, network.features(x))[:2],
+            "frechet": lambda x: frechet_distance(features, network.features(x)),
             **test,
         }
 
@@ -127,11 +129,16 @@ class Judge:
 
     def __call__(self, x: Tensor) -> list[Row]:
         """Measures of rows ``(N, D)``: metric, value, standard error."""
-        return [_row(metric, measure(x)) for metric, measure in self._metrics.items()]
+        return [row for metric, f in self._metrics.items() for row in _rows(metric, f(x))]
 
 
-def _row(metric: str, found: Sequence[float]) -> Row:
-    return {"metric": metric, "value": float(found[0]), "stderr": float(found[1])}
+def _rows(metric: str, found: Sequence[float]) -> list[Row]:
+    """A measure, and of the Fréchet distance also what is left without its bias."""
+    rows = [{"metric": metric, "value": float(found[0]), "stderr": float(found[1])}]
+    if metric == "frechet":
+        value = float(found[0]) - float(found[2])
+        rows.append({**rows[0], "metric": "frechet_unbiased", "value": value})
+    return rows
 
 
 def _in_pieces(

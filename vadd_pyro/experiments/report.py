@@ -248,7 +248,8 @@ def _figure(results: Sequence[dict[str, Any]]) -> Any:
     from matplotlib.figure import Figure
 
     models = _models(results)
-    metrics = [m for m in _metrics(results) if m not in ("ngram_js_1", "row_entropy")]
+    hidden = ("ngram_js_1", "row_entropy", "frechet_unbiased")
+    metrics = [m for m in _metrics(results) if m not in hidden]
     steps = [s for s in _steps(results, "bounds") if s != _ONE_TOKEN]
     panels = max(1, bool(steps) + len(metrics))
     columns = min(3, panels)
