@@ -18,7 +18,6 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from vadd_pyro import zoo
 from vadd_pyro.annealing import LinearAnnealing
 from vadd_pyro.checkpoints import check_writable, remove_stale, write_json
 from vadd_pyro.data import DataSet
@@ -27,8 +26,9 @@ from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.experiments.settings import Settings
 from vadd_pyro.experiments.store import Experiment, build, check_folder, load_data, save
 from vadd_pyro.locks import locked_folder
-from vadd_pyro.times import GridTimes
+from vadd_pyro.times import GridTimes, PartTargets
 from vadd_pyro.training import History, fit, fit_guide
+from vadd_pyro.zoo import Pair, times_named
 
 __all__ = ["train"]
 
@@ -42,14 +42,16 @@ class _Stage(NamedTuple):
 
 
 def _stages(settings: Settings, data: DataSet) -> list[_Stage]:
-    process = data.process()
+    process, grids = data.process(), GridTimes(list(settings.steps))
+    # What the states of a grid are is told by the numbers of steps that the run is for.
+    times = PartTargets(grids) if settings.times == "part_targets" else times_named(settings.times)
     annealed = settings.model == "vadd" and round(settings.annealing * settings.num_iterations)
     delbo = MaskedDiffusionELBO(
         process,
-        times=zoo.times_named(settings.times),
+        times=times,
         kl_weight=LinearAnnealing(annealed, start=0.001) if annealed else 1.0,
     )
-    chain = MaskedDiffusionELBO(process, "chain", times=GridTimes(list(settings.steps)))
+    chain = MaskedDiffusionELBO(process, "chain", times=grids)
     rate = settings.learning_rate
     return [
         _Stage("model", delbo, settings.num_iterations, rate, fit),
@@ -111,7 +113,7 @@ def _take(folder: Path, settings: Settings, stack: ExitStack) -> None:
 def _train(
     settings: Settings,
     data: DataSet,
-    pair: zoo.Pair,
+    pair: Pair,
     folder: Path,
     checkpoint_every: int,
     accumulate: int,
