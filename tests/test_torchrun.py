@@ -15,7 +15,7 @@ import torch
 
 from vadd_pyro import Interrupted, cli
 from vadd_pyro.checkpoints import load_checkpoint
-from vadd_pyro.distributed import OtherProcessError
+from vadd_pyro.distributed import OtherProcessError, answering
 
 LAUNCH = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
 NUM_ITERATIONS, EVERY = 400, 20
@@ -179,6 +179,15 @@ def test_torchruns_signal_does_not_hide_what_came_before_it(
     assert cli.main(["train", "digits"]) == status
     assert capsys.readouterr().err == f"vadd-pyro: {line}\n" * 2
     assert told == [status, status]
+
+
+def test_of_what_a_backend_says_the_first_sentence_is_told():
+    said = (
+        "[/src/gloo/pair.cc:537] Read error [127.0.0.1]:80: Connection reset. See logs.\nMore"
+    )
+    expected = r"in time: Read error \[127\.0\.0\.1\]:80: Connection reset$"
+    with pytest.raises(OtherProcessError, match=expected), answering():
+        raise RuntimeError(said)
 
 
 def test_commands_of_one_process_are_refused(monkeypatch, capsys, tmp_path):
