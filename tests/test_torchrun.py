@@ -182,9 +182,7 @@ def test_torchruns_signal_does_not_hide_what_came_before_it(
 
 
 def test_of_what_a_backend_says_the_first_sentence_is_told():
-    said = (
-        "[/src/gloo/pair.cc:537] Read error [127.0.0.1]:80: Connection reset. See logs.\nMore"
-    )
+    said = "[/src/gloo/pair.cc:537] Read error [127.0.0.1]:80: Connection reset. See logs.\nMore"
     expected = r"in time: Read error \[127\.0\.0\.1\]:80: Connection reset$"
     with pytest.raises(OtherProcessError, match=expected), answering():
         raise RuntimeError(said)
