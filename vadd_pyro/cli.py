@@ -225,6 +225,11 @@ def _inspect(arguments: argparse.Namespace) -> int:
 
 
 def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
+    if arguments.command != "train" and _num_processes() > 1:
+        raise ValueError(
+            f"{arguments.command} is the work of one process, and torchrun has started "
+            f"{_num_processes()}: expected vadd-pyro {arguments.command} without torchrun"
+        )
     if arguments.command == "compare":
         return _compare(arguments, parser)
     if arguments.command == "inspect":
@@ -233,28 +238,62 @@ def _run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int:
     return _demo(arguments) if status is None else status
 
 
+def _num_processes() -> int:
+    """How many torchrun has started, this one among them."""
+    number = os.environ.get("WORLD_SIZE", "1")
+    return int(number) if "RANK" in os.environ and number.isdecimal() else 1
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command; returns the exit status."""
     parser = _parser()
     try:
-        arguments = parser.parse_args(argv)
         with terminable():
-            return _run(arguments, parser)
-    except (ValueError, OSError, ArithmeticError, ImportError) as error:
-        print(f"vadd-pyro: {error}", file=sys.stderr)
-        return 1
-    except RuntimeError as error:
-        from vadd_pyro.distributed import OtherProcessError
+            try:
+                return _run(parser.parse_args(argv), parser)
+            except (Exception, KeyboardInterrupt) as error:
+                if (status := _tell(error)) is None:
+                    raise
+                return status
+    except Interrupted as stop:  # while something else was told
+        return _tell(stop) or stop.exit_status
 
-        if not isinstance(error, OtherProcessError):
-            raise
-        print(f"vadd-pyro: {error}", file=sys.stderr)
-        return 1
-    except Interrupted as stop:
-        more = "" if stop.checkpoint is None else "; the same command goes on from there"
+
+def _tell(error: BaseException) -> int | None:
+    """Say in a line what has ended a command; the exit status, or None if it needs a traceback."""
+    if isinstance(error, Interrupted):
+        error = _before(error)
+    if isinstance(error, Interrupted):
+        more = "" if error.checkpoint is None else "; the same command goes on from there"
         if os.environ.get("RANK", "0") == "0":  # of processes that torchrun has started
-            print(f"vadd-pyro: {stop}{more}", file=sys.stderr)
-        return stop.exit_status
-    except KeyboardInterrupt:
+            print(f"vadd-pyro: {error}{more}", file=sys.stderr)
+        return error.exit_status
+    if isinstance(error, KeyboardInterrupt):
         print("vadd-pyro: interrupted", file=sys.stderr)
         return 130
+    known = (ValueError, OSError, ArithmeticError, ImportError)
+    if isinstance(error, known) or _of_another_process(error):
+        print(f"vadd-pyro: {error}", file=sys.stderr)
+        return 1
+    return None
+
+
+def _before(stop: Interrupted) -> BaseException:
+    """What was ending the command when a signal came: where one of its processes fails or stops,
+    torchrun sends the others SIGTERM.
+    """
+    found: BaseException | None = stop
+    while found is not None:
+        kept = isinstance(found, Interrupted) and found.iteration is not None
+        if kept or _of_another_process(found):
+            return found
+        found = found.__context__
+    return stop
+
+
+def _of_another_process(error: BaseException) -> bool:
+    if not isinstance(error, RuntimeError):
+        return False
+    from vadd_pyro.distributed import OtherProcessError  # takes torch, which this error has
+
+    return isinstance(error, OtherProcessError)

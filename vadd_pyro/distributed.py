@@ -14,6 +14,7 @@ alone all of it does nothing.
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from datetime import timedelta
@@ -285,9 +286,11 @@ def answering() -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
+        # Of what the backend says, the first sentence, without the place in its source.
         lines = str(error).strip().splitlines() or [type(error).__name__]
+        what = re.sub(r"^\[\S*\] ", "", lines[0]).split(". ")[0]
         raise OtherProcessError(
-            f"another process has ended, or has not answered in time: {lines[0]}"
+            f"another process has ended, or has not answered in time: {what}"
         ) from error
 
 

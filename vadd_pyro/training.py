@@ -31,7 +31,7 @@ from vadd_pyro.checkpoints import (
     remove_stale,
     restore_random_state,
 )
-from vadd_pyro.distributed import Processes
+from vadd_pyro.distributed import OtherProcessError, Processes
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.finite import NonFiniteLossError
 from vadd_pyro.history import History
@@ -311,6 +311,11 @@ def fit(
         except CheckpointWriteError:
             run.finish()
             raise
+        except OtherProcessError as error:
+            if run.saved is None:
+                raise
+            kept = f"{run.saved[0]} was kept at iteration {run.saved[1]}"
+            raise OtherProcessError(f"{error}; {kept}") from error
         finally:
             bar.close()
         run.finish()
