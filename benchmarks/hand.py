@@ -22,8 +22,8 @@ Loss = Callable[[Tensor], Tensor]
 class Fields:
     """The least a hand-written loop would pass on."""
 
-    def __init__(self, x_0: Tensor, masked: Tensor) -> None:
-        self.x_0, self.masked, self.target = x_0, masked, masked
+    def __init__(self, x_0: Tensor, t: Tensor, masked: Tensor) -> None:
+        self.x_0, self.t, self.masked, self.target = x_0, t, masked, masked
 
 
 def optimiser(*modules: nn.Module) -> torch.optim.Optimizer:
@@ -58,7 +58,7 @@ def normal_loss(
 
     def loss(x_0: Tensor) -> Tensor:
         t, masked, x_t = corrupted(x_0, vocab_size)
-        z_loc, z_scale = encoder(Fields(x_0, masked))
+        z_loc, z_scale = encoder(Fields(x_0, t, masked))
         if num_particles == 1:
             z = z_loc + z_scale * torch.randn_like(z_loc)
         else:

@@ -6,11 +6,11 @@
 ``--compile`` adds both with their networks compiled.
 
 The hand-written one is what a first draft looks like: at every step the network runs on all rows,
-and Gumbel noise is added to the logits of all positions. NumPyro's, where that is installed, is the
-same loop over a NumPyro program, jitted as one (perceptrons with a normal latent only). All have
-the same networks in evaluation mode and the same law; variants take turns, one thread, and times
-are those that the processor spent on the process, which other programs on the machine disturb
-least. Printed are rows a second and the ratios of the medians to the hand-written one.
+and Gumbel noise is added to the logits of all positions. NumPyro's, where that is installed, is
+the same loop over a NumPyro program, jitted as one (perceptrons with a normal latent only). All
+have the same networks in evaluation mode and the same law; variants take turns, one thread, and
+times are those that the processor spent on the process, which other programs on the machine
+disturb least. Printed are rows a second and the ratios of the medians to the hand-written one.
 """
 
 from __future__ import annotations
@@ -190,9 +190,7 @@ def main() -> int:
             rows = results["rows"][name] = CASES[name].size.sample_rows
             for steps in map(int, arguments.steps.split(",")):
                 calls = {key: partial(call, steps) for key, call in variants.items()}
-                seconds = medians(
-                    calls, 1, arguments.rounds, clock=time.process_time, warm_up=1
-                )
+                seconds = medians(calls, 1, arguments.rounds, clock=time.process_time, warm_up=1)
                 results["seconds"][f"{name}/{steps}"] = seconds
                 base = seconds["naive"]
                 speeds = f"{rows / base:>13,.0f} {rows / seconds['package']:>15,.0f}"

@@ -24,7 +24,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from common import SIZES, Size, medians
+from common import SIZES, TARGETS, Size, medians
 from hand import normal_loss, optimiser, training_step
 from torch import Tensor, nn
 
@@ -32,15 +32,6 @@ from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models
 from vadd_pyro.compiled import Update
 from vadd_pyro.compiled.traced import TracedLoss
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
-
-TARGETS = {  # eager: ordinary user model, the package's own distributions; compiled
-    "tiny": (1.7, None, 0.25),
-    "toy256": (1.12, 1.07, 0.55),
-    "toy1024": (1.06, 1.03, 0.55),
-    "bin64": (None, None, 0.50),
-    "bin784": (1.04, 1.03, 0.50),
-    "text": (1.04, None, 0.68),
-}
 
 
 class Trunk(nn.Module):
@@ -206,8 +197,8 @@ def main() -> int:
         "training": {},
     }
     print(
-        f"{'training step':<14} {'yardstick ms':>13} {'compiled':>9} {'user model':>11} {'target':>7} "
-        f"{'package':>8} {'target':>7} {'compiled':>9} {'target':>7} {'numpyro':>8}"
+        f"{'training step':<14} {'yardstick ms':>13} {'compiled':>9} {'user model':>11} "
+        f"{'target':>7} {'package':>8} {'target':>7} {'compiled':>9} {'target':>7} {'numpyro':>8}"
     )
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         for name in names:
