@@ -27,6 +27,7 @@ import torch
 from common import medians
 from hand import code_loss, normal_loss, optimiser, training_step
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 from sampling import Bare, naive_sampler
 from torch import Tensor, nn
 
@@ -211,23 +212,32 @@ def draw(factors: dict[str, dict[str, Any]], path: str | Path) -> None:
         ax.set_yscale("log")
         low = min(1e3 * min(s) for s in found["seconds"].values())
         high = max(end for end, _, _ in ends)
-        ax.set_ylim(low / 1.8, high * 1.8)
+        ax.set_ylim(low / 1.8, high * 3)
         ax.set_xlim(values[0] / 1.3, values[-1] * (values[-1] / values[0]) ** 0.22)
         reference = [high * 1.35 * v / values[-1] for v in values]
-        ax.plot(values, reference, color="#B0B0B0", linewidth=0.9, linestyle=":", zorder=0)
+        ax.plot(values, reference, color="#999999", linewidth=0.9, linestyle=":", zorder=0)
         _beside(ax, values[-1], ends)
         what = "ms a pass" if factor == "steps" else "ms a training step"
         frame(ax, f"{factor}, {LETTERS[factor]}", LETTERS[factor], what, grid="both")
         ax.set_xticks(values, [str(v) for v in values], fontsize=SMALL)
         ax.minorticks_off()
+    _explain(fig, handles)
+    save_figure(fig, path)
+
+
+def _explain(fig: Figure, handles: dict[str, Any]) -> None:
+    """One legend for all panels."""
+    drawn = [handles[name] for name in LABELS if name in handles]
+    drawn.append(Line2D([], [], color="#999999", linestyle=":", label="slope 1"))
     fig.legend(
-        handles=[handles[name] for name in LABELS if name in handles],
+        handles=drawn,
         loc="outside lower center",
-        ncols=len(handles),
+        title="Numbers: slope between the two largest values",
+        title_fontsize=SMALL,
+        ncols=len(drawn),
         fontsize=SMALL,
         frameon=False,
     )
-    save_figure(fig, path)
 
 
 def _beside(ax: Any, x: float, ends: list[tuple[float, float, str]]) -> None:

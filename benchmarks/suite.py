@@ -158,9 +158,8 @@ def expected(name: str, folder: Path, rounds: int | None) -> float:
     """Minutes that a part will take, as it took before if that is known."""
     part, before = PARTS[name], read(folder, name)
     share = rounds / part.rounds if rounds and part.rounds else 1.0
-    if before is None or before["quick"]:
-        return part.minutes * min(share, 1.0)
-    if before.get("rounds") == (rounds or part.rounds or None):
+    known = before is not None and not before["quick"]
+    if known and before.get("rounds") == (rounds or part.rounds or None):
         return before["minutes"]
     return part.minutes * share
 
