@@ -109,7 +109,8 @@ def training_step(
             optimiser stays what it is, one kernel.
         autocast: makes the context in which the loss is computed.
     """
-    loss_of = torch.compile(loss_of, fullgraph=True) if compiled else loss_of
+    if compiled:
+        loss_of = torch.compile(loss_of, fullgraph=True, dynamic=False)
 
     def step() -> None:
         with autocast():

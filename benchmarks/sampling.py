@@ -145,8 +145,9 @@ def samplers(case: Case, compiled: bool) -> dict[str, Callable[[int], Any]]:
         "package": lambda steps: sample(model, process, rows, steps),
     }
     if compiled:
-        # A copy: what is compiled in place for the package is left as it was by itself.
-        fast = torch.compile(Bare(copy.deepcopy(model.decoder)))
+        torch.compiler.reset()  # or the cases before count as recompilations of the same code
+        # A copy, so that what the package compiles in place is not compiled twice.
+        fast = torch.compile(Bare(copy.deepcopy(model.decoder)), dynamic=False)
         variants["naive compiled"] = lambda steps: naive_sampler(
             fast, latents, process, rows, steps
         )

@@ -154,6 +154,7 @@ def numpyro_step(size: Size, networks: Any, x_0: Tensor) -> Callable[[], Any] | 
 
 
 def time_training(name: str, rounds: int) -> dict[str, float]:
+    torch.compiler.reset()  # or the sizes before count as recompilations of the same code
     size = SIZES[name]
     process = MaskingProcess(size.vocab_size, size.length)
     torch.manual_seed(0)

@@ -58,20 +58,20 @@ class Part(NamedTuple):
 
 
 PARTS = {
-    "start": Part("start.py", (), (), 10, 4),
+    "start": Part("start.py", (), (), 10, 2),
     "memory": Part("memory.py", (), ("--decoders", "residual"), 0, 2),
     "sampling": Part(
         "sampling.py",
         ("--steps", "1,4,10,16,64", "--compile"),
         ("--sizes", "tiny", "--steps", "1,10"),
         5,
-        8,
+        9,
         ("seconds", "naive"),
     ),
     "speed": Part("speed.py", (), ("--sizes", "tiny"), 30, 10, ("training", "yardstick")),
-    "growth": Part("growth.py", (), ("--points", "2", "--no-compile"), 7, 10),
+    "growth": Part("growth.py", (), ("--points", "2", "--no-compile"), 7, 7),
     "processes": Part("scaling.py", (), ("--sizes", "text"), 5, 5),
-    "gpu": Part("gpu.py", (), (), 10, 10),
+    "gpu": Part("gpu.py", (), ("--tiny",), 10, 10),
 }
 
 
@@ -181,6 +181,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no part {unknown[0]!r}: expected some of {', '.join(PARTS)}")
     if told.rounds is not None and told.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {told.rounds}")
+    if told.quick and told.results == parser.get_default("results"):
+        parser.error("--quick needs --results, --page and --figure of its own: it finds nothing")
     try:
         check_markers(told.page.read_text(), list(PARTS), told.page)
     except (OSError, ValueError) as error:
