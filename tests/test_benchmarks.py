@@ -189,6 +189,42 @@ def test_columns_of_numpyro_are_kept_from_the_last_time_it_was_there(bench):
     assert "so that its column is empty" in rendering.speed(training())
 
 
+def test_samplers_are_told_by_steps_and_by_variant(bench):
+    seconds = {"naive": 0.5, "package": 0.1, "naive compiled": 0.4, "compiled": 0.05}
+    record = {
+        "conditions": CONDITIONS,
+        "rounds": 2,
+        "rows": {"toy, codes": 1000},
+        "seconds": {
+            "toy, codes/10": seconds,
+            "toy, codes/1": seconds | {"package": 0.2, "numpyro": 0.25},
+        },
+    }
+    lines = bench("rendering").sampling(record).splitlines()
+    assert "| size | rows | 1 step | 10 steps |" in lines
+    assert "| toy, codes | 1,000 | 5,000 | 10,000 |" in lines
+    assert "| toy, codes | 1,000 | 0.40 | 0.20 |" in lines
+    assert "| toy, codes | 1 | 500 | 0.80 | 0.40 | 0.10 | 0.50 |" in lines
+    assert "| toy, codes | 10 | 500 | 0.80 | 0.20 | 0.10 | - |" in lines
+
+
+def test_growth_is_told_and_drawn_with_its_slopes(bench, tmp_path):
+    growth = bench("growth")
+    times = {"hand": [0.001, 0.004], "package": [0.002, 0.004], "compiled": [0.001, 0.002]}
+    chain = {"naive": [0.01, 0.04], "sample": [0.01, 0.02], "bound": [0.01, 0.01]}
+    factors = {
+        "rows": {"values": [16, 64], "seconds": times},
+        "steps": {"values": [1, 4], "seconds": chain},
+    }
+    record = {"conditions": CONDITIONS, "rounds": 2, "factors": factors}
+    lines = bench("rendering").growth(record).splitlines()
+    assert "| rows, B | 16 | 1.00 | 2.00 | 1.00 |  |" in lines
+    assert "|  | 64 | 4.00 | 1.00 | 0.50 | 1.00, 0.50, 0.50 |" in lines
+    assert "| 4 | 40.0 | 0.50 | 10.0 | 0.50, 0.00 |" in lines
+    growth.draw(factors, tmp_path / "growth.png")
+    assert (tmp_path / "growth.png").stat().st_size > 10_000
+
+
 def test_slopes_are_exponents(bench):
     slope = bench("growth").slope
     values = [1, 10, 40]
