@@ -181,8 +181,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"there is no part {unknown[0]!r}: expected some of {', '.join(PARTS)}")
     if told.rounds is not None and told.rounds < 1:
         parser.error(f"--rounds must be at least 1, got {told.rounds}")
-    if told.quick and told.results == parser.get_default("results"):
-        parser.error("--quick needs --results, --page and --figure of its own: it finds nothing")
+    places = ("results", "page", "figure")
+    if told.quick and any(getattr(told, p) == parser.get_default(p) for p in places):
+        parser.error("--quick measures nothing worth keeping: give --results, --page and --figure")
     try:
         check_markers(told.page.read_text(), list(PARTS), told.page)
     except (OSError, ValueError) as error:

@@ -141,6 +141,9 @@ def test_the_suite_refuses_before_it_runs_anything(trial, capsys):
     with pytest.raises(SystemExit):
         run(GOOD, GOOD, "--only", "c")
     assert "there is no part 'c': expected some of a, b" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        run(GOOD, GOOD, "--quick")  # where the figure is the one of the docs
+    assert "--quick measures nothing worth keeping" in capsys.readouterr().err
     page.write_text(PAGE.replace("<!-- /bench:b -->", ""))
     with pytest.raises(SystemExit):
         run(GOOD, GOOD)
