@@ -29,6 +29,7 @@ from common import medians
 from hand import code_loss, normal_loss, optimiser, training_step
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
+from matplotlib.ticker import FuncFormatter, LogLocator
 from sampling import Bare, naive_sampler
 from torch import Tensor, nn
 
@@ -213,7 +214,7 @@ def draw(factors: dict[str, dict[str, Any]], path: str | Path) -> None:
         ax.set_yscale("log")
         low = min(1e3 * min(s) for s in found["seconds"].values())
         high = max(end for end, _, _ in ends)
-        ax.set_ylim(low / 1.8, high * 3)
+        ax.set_ylim(low / 1.8, high * 2.4)
         ax.set_xlim(values[0] / 1.3, values[-1] * (values[-1] / values[0]) ** 0.22)
         reference = [high * 1.35 * v / values[-1] for v in values]
         ax.plot(values, reference, color="#999999", linewidth=0.9, linestyle=":", zorder=0)
@@ -221,6 +222,9 @@ def draw(factors: dict[str, dict[str, Any]], path: str | Path) -> None:
         what = "ms a pass" if factor == "steps" else "ms a training step"
         frame(ax, f"{factor}, {LETTERS[factor]}", LETTERS[factor], what, grid="both")
         ax.set_xticks(values, [str(v) for v in values], fontsize=SMALL)
+        if high / low < 60:
+            ax.yaxis.set_major_locator(LogLocator(subs=(1.0, 3.0)))
+        ax.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
         ax.minorticks_off()
     _explain(fig, handles)
     save_figure(fig, path)

@@ -22,6 +22,8 @@ def caption(record: Record, rounds: str = "medians of {rounds} alternated rounds
     """Under what conditions a table was measured."""
     known = record["conditions"]
     told = rounds.format(rounds=record.get("rounds"))
+    if record.get("rounds") == 1:
+        told = "a single round"
     device = f"{record['device']}; " if "device" in record else ""
     return (
         f"*{known['date']}: {device}{known['processor']}, {known['cores']} cores; torch "
