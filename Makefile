@@ -3,6 +3,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
+# The same environment with what the benchmarks compare with.
+BENCH_READY := $(VENV)/.bench
 # A second environment, in which the tests meet ArviZ 1.x.
 ARVIZ1 := .venv-arviz1
 ARVIZ1_READY := $(ARVIZ1)/.ready
@@ -22,14 +24,21 @@ lint: $(READY)
 types: $(READY)
 	$(BIN)/mypy
 
-bench: $(READY)
-	$(BIN)/python benchmarks/speed.py
+# Writes the tables of docs/performance.md. Some parts only: make bench BENCH="--only speed"
+bench: $(READY) $(BENCH_READY)
+	$(BIN)/python benchmarks/suite.py $(BENCH)
 
 $(READY): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit("Python 3.11 or later is needed, this is " + sys.version.split()[0] + "; try: make PYTHON=python3.12 ..." if sys.version_info < (3, 11) else 0)'
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
 	@touch $(READY)
+
+# NumPyro draws JAX, which nothing else needs. Without a network its columns stay as they are.
+$(BENCH_READY): $(READY)
+	@if $(BIN)/python -m pip install --quiet --retries 1 --constraint constraints.txt --editable ".[bench]"; \
+	  then touch $(BENCH_READY); \
+	  else echo "NumPyro could not be installed: the benchmarks run without it"; fi
 
 # ArviZ 1.x wants Python 3.12 or later. Without one, or without a network, its test is skipped: a
 # line says so, and the next make tries again.

@@ -1,10 +1,16 @@
-"""What the benchmarks of speed share: sizes, and how variants are timed."""
+"""What the benchmarks of speed share: sizes, how variants are timed, and under what conditions."""
 
 from __future__ import annotations
 
+import os
+import platform
 import statistics
+import subprocess
 import time
 from collections.abc import Callable
+from datetime import date
+from importlib.metadata import version
+from pathlib import Path
 from typing import Any, NamedTuple
 
 
@@ -45,6 +51,17 @@ SIZES = {
     "text": Size(64, 64, 64, 128, 128, 16, 1, "transformer", 64),
 }
 
+# Ratios of training steps to reach: an ordinary user's program; the package's distributions; the
+# update as one graph, on a processor where oneDNN is faster than torch's default products.
+TARGETS: dict[str, tuple[float | None, float | None, float | None]] = {
+    "tiny": (1.7, None, 0.25),
+    "toy256": (1.12, 1.07, 0.55),
+    "toy1024": (1.06, 1.03, 0.55),
+    "bin64": (None, None, 0.50),
+    "bin784": (1.04, 1.03, 0.50),
+    "text": (1.04, None, 0.68),
+}
+
 
 def medians(
     variants: dict[str, Callable[[], Any]],
@@ -73,3 +90,32 @@ def medians(
                 call()
             times[name].append((clock() - start) / repeats)
     return {name: statistics.median(values) for name, values in times.items()}
+
+
+def conditions() -> dict[str, Any]:
+    """What a table must say of how it was measured; call it before anything is timed."""
+    return {
+        "date": date.today().isoformat(),
+        "processor": processor(),
+        "cores": os.cpu_count(),
+        "torch": version("torch"),
+        "pyro": version("pyro-ppl"),
+        "python": platform.python_version(),
+        "load": os.getloadavg()[0],
+    }
+
+
+def processor() -> str:
+    """The processor's name as the system tells it, else its kind."""
+    try:
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    except OSError:
+        pass
+    try:  # macOS
+        command = ["sysctl", "-n", "machdep.cpu.brand_string"]
+        found = subprocess.run(command, capture_output=True, text=True, check=True)
+        return found.stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
+        return platform.machine()

@@ -238,7 +238,12 @@ def main() -> int:
     parser.add_argument("--json", default=None, help="file for the figures")
     arguments = parser.parse_args()
     torch.set_num_threads(1)
-    results: dict[str, Any] = {"torch": torch.__version__, "steps": [], "fits": {}}
+    results: dict[str, Any] = {
+        "torch": torch.__version__,
+        "steps": [],
+        "usual": [],
+        "fits": {},
+    }
     for name in arguments.decoders.split(","):
         print(
             f"{name:<12} {'B':>4} {'D':>5} {'K':>4} {'peak MB':>9} {'in logits':>9} "
@@ -261,6 +266,7 @@ def main() -> int:
             f"{100 * fitted['worst_relative_error']:.1f} %\n",
             flush=True,
         )
+        results["usual"].append(usual._asdict())
         results["steps"] += [row._asdict() for row in rows]
         results["fits"][name] = fitted
     if arguments.json:

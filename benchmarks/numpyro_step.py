@@ -1,7 +1,9 @@
-"""The benchmark's training step in NumPyro: the same networks, weights and arithmetic, jitted.
+"""The benchmarks' training step and sampler in NumPyro: the same networks, weights and arithmetic,
+jitted.
 
-Needs the packages ``numpyro`` and ``jax`` (the extra ``bench``). One call is one whole update:
-masks, guide, model, loss, gradient and Adam, as in the hand-written loop of ``speed.py``.
+Needs the packages ``numpyro`` and ``jax`` (the extra ``bench``). One call of the step is one whole
+update: masks, guide, model, loss, gradient and Adam, as in the hand-written loop of ``hand.py``.
+One call of the sampler is the whole chain, as in the hand-written one of ``sampling.py``.
 """
 
 from __future__ import annotations
@@ -25,7 +27,7 @@ from jax import random
 from numpyro.infer import SVI, TraceMeanField_ELBO
 from torch import nn
 
-__all__ = ["make_step"]
+__all__ = ["make_sampler", "make_step"]
 
 Weights = dict[str, Any]
 
@@ -161,3 +163,45 @@ def make_step(
         return float(loss)
 
     return step
+
+
+def make_sampler(size: Any, decoder: nn.Module) -> Callable[[int], Any]:
+    """A sampler of ``size.sample_rows`` rows in so many steps, all rows through all of them.
+
+    Args:
+        size: a line of the table of ``common.py``; its network must be a perceptron.
+        decoder: the network.
+
+    Returns:
+        The sampler, which waits until it is done and returns the rows ``(B, D)``.
+    """
+    w = weights_of("decoder", decoder)
+    rows, shape = size.sample_rows, (size.sample_rows, size.length)
+
+    def model(w: Weights, x_t: Any) -> Any:
+        with numpyro.plate("data", rows):
+            prior = dist.Normal(jnp.zeros((rows, size.latent_dim)), 1.0)
+            z = numpyro.sample("z", prior.to_event(1))
+            law = dist.Categorical(logits=mlp_decoder(w, size, x_t, z))
+            return numpyro.sample("x_0", law.to_event(1))
+
+    @jax.jit
+    def chain(w: Weights, key: Any, num_steps: int) -> Any:
+        def step(i: Any, state: Any) -> Any:
+            x, key = state
+            key, own, coin = random.split(key, 3)
+            drawn = numpyro.handlers.seed(model, own)(w, x)
+            # From t = (T - i) / T to one step less: (t - s) / t.
+            reveal = random.uniform(coin, shape) < 1 / (num_steps - i)
+            return jnp.where((x == size.vocab_size) & reveal, drawn, x), key
+
+        start = jnp.full(shape, size.vocab_size)
+        return jax.lax.fori_loop(0, num_steps, step, (start, key))[0]
+
+    now = [random.PRNGKey(0)]
+
+    def sampler(num_steps: int) -> Any:
+        now[0], own = random.split(now[0])
+        return chain(w, own, num_steps).block_until_ready()
+
+    return sampler

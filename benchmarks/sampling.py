@@ -3,21 +3,26 @@
     python benchmarks/sampling.py [--sizes toy,text] [--steps 1,4,16,64] [--rounds 5] [--compile]
                                   [--json FILE]
 
+``--compile`` adds both with their networks compiled.
+
 The hand-written one is what a first draft looks like: at every step the network runs on all rows,
-and Gumbel noise is added to the logits of all positions. Both have the same networks in evaluation
-mode and the same law; variants take turns, one thread, and times are those that the processor
-spent on the process, which other programs on the machine disturb least. Printed are rows a second
-and the ratio of the medians of both times.
+and Gumbel noise is added to the logits of all positions. NumPyro's, where that is installed, is
+the same loop over a NumPyro program, jitted as one (perceptrons with a normal latent only). All
+have the same networks in evaluation mode and the same law; variants take turns, one thread, and
+times are those that the processor spent on the process, which other programs on the machine
+disturb least. Printed are rows a second and the ratios of the medians to the hand-written one.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import platform
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -117,20 +122,40 @@ class Bare(nn.Module):
             return self.decoder(x_t, z, t)
 
 
-def time_case(case: Case, num_steps: int, rounds: int, compiled: bool) -> dict[str, float]:
-    """Seconds of a pass, by variant."""
+def numpyro_sampler(case: Case, decoder: nn.Module) -> Callable[[int], Any] | None:
+    """The same in NumPyro, jitted; None where it is not installed, or not for such networks."""
+    if case.prior != "normal" or case.size.network != "mlp":
+        return None
+    try:
+        from numpyro_step import make_sampler
+    except ImportError:
+        return None
+    return make_sampler(case.size, decoder)
+
+
+def samplers(case: Case, compiled: bool) -> dict[str, Callable[[int], Any]]:
+    """What draws the rows of a case in so many steps, by variant."""
     torch.manual_seed(0)
     model, latents, process = make(case)
     model.requires_grad_(False).eval()
-    bare, rows = Bare(model.decoder), case.size.sample_rows
-    variants: dict[str, Callable[[], Any]] = {
-        "naive": lambda: naive_sampler(bare, latents, process, rows, num_steps),
-        "package": lambda: sample(model, process, rows, num_steps),
+    rows = case.size.sample_rows
+    bare = Bare(model.decoder)
+    variants: dict[str, Callable[[int], Any]] = {
+        "naive": lambda steps: naive_sampler(bare, latents, process, rows, steps),
+        "package": lambda steps: sample(model, process, rows, steps),
     }
     if compiled:
-        variants["compiled"] = lambda: sample(model, process, rows, num_steps, compile=True)
-    with torch.no_grad():
-        return medians(variants, 1, rounds, clock=time.process_time, warm_up=1)
+        torch.compiler.reset()  # or the cases before count as recompilations of the same code
+        # A copy, so that what the package compiles in place is not compiled twice.
+        fast = torch.compile(Bare(copy.deepcopy(model.decoder)), dynamic=False)
+        variants["naive compiled"] = lambda steps: naive_sampler(
+            fast, latents, process, rows, steps
+        )
+        variants["compiled"] = lambda steps: sample(model, process, rows, steps, compile=True)
+    other = numpyro_sampler(case, model.decoder)
+    if other is not None:
+        variants["numpyro"] = other
+    return variants
 
 
 def main() -> int:
@@ -148,21 +173,33 @@ def main() -> int:
         "torch": torch.__version__,
         "python": platform.python_version(),
         "rounds": arguments.rounds,
+        "rows": {},
         "seconds": {},
     }
-    columns = ["naive", "package"] + ["compiled"] * arguments.compile
-    head = "".join(f"{name + ' rows/s':>17}" for name in columns)
-    print(f"{'':<15} {'rows':>6} {'steps':>6}{head}" + "".join(f"{c:>10}" for c in columns[1:]))
-    with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
+    columns = ["package"] + ["naive compiled", "compiled"] * arguments.compile + ["numpyro"]
+    print(
+        f"{'':<15} {'rows':>6} {'steps':>6} {'naive rows/s':>13} {'package rows/s':>15}"
+        + "".join(f"{c:>15}" for c in columns)
+    )
+    with (
+        torch.no_grad(),
+        pyro.settings.context(module_local_params=True),
+        pyro.validation_enabled(False),
+    ):
         for name in arguments.sizes.split(";"):
-            case = CASES[name]
-            for num_steps in map(int, arguments.steps.split(",")):
-                seconds = time_case(case, num_steps, arguments.rounds, arguments.compile)
-                results["seconds"][f"{name}/{num_steps}"] = seconds
-                rows = case.size.sample_rows
-                speeds = "".join(f"{rows / seconds[c]:>17,.0f}" for c in columns)
-                ratios = "".join(f"{seconds[c] / seconds['naive']:>10.3f}" for c in columns[1:])
-                print(f"{name:<15} {rows:>6} {num_steps:>6}{speeds}{ratios}", flush=True)
+            variants = samplers(CASES[name], arguments.compile)
+            rows = results["rows"][name] = CASES[name].size.sample_rows
+            for steps in map(int, arguments.steps.split(",")):
+                calls = {key: partial(call, steps) for key, call in variants.items()}
+                seconds = medians(calls, 1, arguments.rounds, clock=time.process_time, warm_up=1)
+                results["seconds"][f"{name}/{steps}"] = seconds
+                base = seconds["naive"]
+                speeds = f"{rows / base:>13,.0f} {rows / seconds['package']:>15,.0f}"
+                ratios = "".join(
+                    f"{seconds[c] / base:>15.3f}" if c in seconds else f"{'-':>15}"
+                    for c in columns
+                )
+                print(f"{name:<15} {rows:>6} {steps:>6} {speeds}{ratios}", flush=True)
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
