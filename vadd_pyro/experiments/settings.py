@@ -28,8 +28,8 @@ class Settings:
         num_codes: number of codes of a categorical one.
         backbone: ``"mlp"``, ``"residual"``, ``"pixel"``, ``"unet"`` or ``"transformer"``.
         sizes: arguments of its networks, see :mod:`vadd_pyro.nn.networks`.
-        times: where training looks, a key of :data:`vadd_pyro.names.TIMES`; ``"part_targets"`` takes
-            the states that samplers of ``steps`` pass through.
+        times: where training looks, a key of :data:`vadd_pyro.names.TIMES`; ``"part_targets"``
+            takes the states that samplers of ``steps`` pass through.
         num_iterations: updates by the DELBO.
         num_chain_iterations: updates by the T-step bounds of ``steps`` after these, which train
             model and guide on the targets that samplers meet.
