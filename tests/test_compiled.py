@@ -448,11 +448,11 @@ def test_a_graph_that_says_something_else_is_refused(monkeypatch):
         if wrong:
             before = state(model, guide)
             with pytest.raises(NotOneGraphError, match=r"its loss is .* where the programs give"):
-                Update(loss, adam, None, 1.0, X[:32], 0.5)
+                Update(loss, adam, None, 1.0, X[:32])
             assert torch.equal(state(model, guide), before)
             assert not adam.state
         else:
-            Update(loss, adam, None, 1.0, X[:32], 0.5)
+            Update(loss, adam, None, 1.0, X[:32])
 
 
 # ---------------------------------------------------------------------------------- its parts
