@@ -122,8 +122,8 @@ def give_up(
         warnings.warn(
             f"compiled updates end at iteration {elbo.iteration}, after {update.calls} of them, "
             f"for the graph is not what the programs are now: {reason}. Training goes on from the "
-            f"weights before this iteration, {kind}. Updates since the last comparison, after "
-            f"{update.alike} of them, may not be what the programs would have made",
+            f"weights before this iteration, {kind}. The updates since the last comparison "
+            f"({update.alike} had been made then) may not be what the programs would have made",
             RuntimeWarning,
             stacklevel=5,
         )
