@@ -571,7 +571,7 @@ class Odd(Program):
             self.count = self.count + 1
         if self.what == "item" and batch.t.mean().item() > 0.5:
             shift = 0.1
-        if self.what == "gradients":
+        if self.what == "gradients" and torch.is_grad_enabled():
             (0 * self.loc.sum()).backward()
         if self.what == "others' gradients":
             shift = 0 * ELSEWHERE

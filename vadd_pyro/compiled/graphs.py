@@ -3,7 +3,7 @@
 A graph holds tensor operations alone. Values of Python are frozen in as they were in the traced
 run, and tensors that are no inputs are held as constants, so whatever else a program reads must
 not change from run to run. A graph is compared with the programs on two batches before it is
-used, and on another after 10, 100 and 1000 updates (:mod:`vadd_pyro.compiled.update`).
+used, and on another after 10, 100 and 1000 updates (:mod:`vadd_pyro.compiled.comparison`).
 """
 
 from __future__ import annotations

@@ -213,7 +213,8 @@ class TracedLoss:
             if node is None or node in seen:
                 continue
             seen.add(node)
-            leaf = getattr(node, "variable", None)
+            # Functions of a user's own may have an attribute of that name.
+            leaf = node.variable if type(node).__name__ == "AccumulateGrad" else None
             if leaf is not None and id(leaf) not in known:
                 raise NotOneGraphError(
                     f"the loss has a gradient by a tensor of shape {tuple(leaf.shape)} that is no "

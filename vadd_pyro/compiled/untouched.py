@@ -86,7 +86,8 @@ def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):
         plain = not (value.requires_grad or value.is_complex() or value.dtype == torch.bool)
         return plain and value.numel() == 1
-    return type(value) in (int, float)
+    # Larger integers are no counts, and not told apart as floats.
+    return type(value) is float or (type(value) is int and abs(value) < 2**53)
 
 
 def _look(roots: Sequence[tuple[str, Any]]) -> tuple[dict[str, _Place], dict[str, int]]:
