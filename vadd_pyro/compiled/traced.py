@@ -214,7 +214,8 @@ class TracedLoss:
                 continue
             seen.add(node)
             # Functions of a user's own may have an attribute of that name.
-            leaf = node.variable if type(node).__name__ == "AccumulateGrad" else None
+            own = type(node).__name__ == "AccumulateGrad"
+            leaf: Tensor | None = getattr(node, "variable", None) if own else None
             if leaf is not None and id(leaf) not in known:
                 raise NotOneGraphError(
                     f"the loss has a gradient by a tensor of shape {tuple(leaf.shape)} that is no "
