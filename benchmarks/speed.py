@@ -140,7 +140,7 @@ def compiled(
 ) -> Callable[[], Any]:
     """The whole update as one graph, as ``fit(compile=True)`` runs it."""
     loss = TracedLoss(MaskedDiffusionELBO(process), model, guide)
-    update = Update(loss, optimiser(model, guide), None, None, x_0, 1.0)
+    update = Update(loss, optimiser(model, guide), None, None, x_0)
     return lambda: update(x_0, 1.0, 0.0)
 
 

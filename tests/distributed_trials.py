@@ -19,6 +19,7 @@ from contextlib import suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import pyro
 import torch
@@ -288,7 +289,42 @@ def compiled(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-TRIALS = (exact, other_numbers, resumed, failures, compiled)
+def given_up(rank: int, folder: Path) -> dict[str, Any]:
+    """The loss of the second process changes, and the graphs of both are given up. They are run as
+    they were traced, to save the compiler's time.
+    """
+
+    def as_traced(graph: Any, inputs: Any) -> Any:
+        def run(*values: Tensor) -> Any:
+            with torch.no_grad():
+                return graph(*values)
+
+        return run
+
+    programs, elbo = pair(), MaskedDiffusionELBO(PROCESS, kl_weight=0.5)
+
+    class Rows:
+        def at(self, iteration: int, batch_size: int) -> Tensor:
+            if rank == 1 and iteration == 4:
+                elbo.kl_weight = 3.0
+            return X[8 * iteration : 8 * iteration + batch_size]
+
+        def __call__(self, batch_size: int) -> Tensor:
+            raise AssertionError("rows are asked for by iteration")
+
+    options: dict[str, Any] = dict(batch_size=16, progress=False, monitor_every=None, seed=3)
+    with (
+        patch("vadd_pyro.compiled.update.compile_graph", as_traced),
+        patch.object(torch.nn.Module, "compile", lambda self, options: None),
+        warnings.catch_warnings(record=True) as caught,
+    ):
+        warnings.simplefilter("always", RuntimeWarning)
+        fit(*programs, elbo, Rows(), 13, **options, compile=True)
+    lines = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    return {"weights": state(*programs), "lines": lines}
+
+
+TRIALS = (exact, other_numbers, resumed, failures, compiled, given_up)
 
 
 def child(rank: int, folder: Path, names: list[str]) -> None:

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import gc
+import math
 import re
 import warnings
-from typing import Any
+import weakref
+from typing import Any, ClassVar
 
 import numpy as np
 import pyro
@@ -15,21 +18,25 @@ from conftest import small_pair
 from torch import nn
 
 from vadd_pyro import (
+    AtomTimes,
     CompiledLoss,
     LinearAnnealing,
     MaskedDiffusionELBO,
     MaskingProcess,
     NonFiniteLossError,
     Program,
+    StepAnnealing,
     fit,
     guides,
     models,
 )
 from vadd_pyro.compiled import NotOneGraphError, Update, products
 from vadd_pyro.compiled import graphs as graphs_module
+from vadd_pyro.compiled.adam import shares_of
 from vadd_pyro.compiled.layout import Layout
-from vadd_pyro.compiled.networks import silent_networks
-from vadd_pyro.compiled.traced import TracedLoss
+from vadd_pyro.compiled.networks import compiled_networks, silent_networks
+from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
+from vadd_pyro.compiled.update import UpdateResult
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
 from vadd_pyro.times import BalancedTimes, PartTargets
 
@@ -72,6 +79,26 @@ def assert_equal(runs: Any, tolerance: float = 1e-5) -> None:
     assert compiled.kl_weight == eager.kl_weight
     assert compiled.learning_rate == eager.learning_rate
     assert (weights - own).abs().max() < 10 * tolerance
+
+
+COMPILE = nn.Module.compile
+
+
+@pytest.fixture
+def interpreted(monkeypatch):
+    """Graphs are run as they were traced, and networks as they are: to save the compiler's time
+    where nothing is asked of it.
+    """
+
+    def as_traced(graph, inputs):
+        def run(*values):
+            with torch.no_grad():
+                return graph(*values)
+
+        return run
+
+    monkeypatch.setattr("vadd_pyro.compiled.update.compile_graph", as_traced)
+    monkeypatch.setattr(nn.Module, "compile", lambda self, options: None)
 
 
 # ------------------------------------------------------------------------- the same numbers
@@ -307,7 +334,216 @@ def test_a_loss_that_is_no_number_leaves_the_weights_as_they_were(tmp_path):
     assert torch.equal(kept["weights"]["model"]["decoder.head.weight"], model.decoder.head.weight)
 
 
+# ------------------------------------------------------------------- programs that change
+
+
+class ChangesAt(DiesAt):
+    """Rows with which something changes at an update."""
+
+    def __init__(self, iteration: int, change: Any) -> None:
+        super().__init__(99)
+        self.iteration, self.change = iteration, change
+
+    def at(self, iteration, batch_size):
+        if iteration == self.iteration:
+            self.change()
+        return super().at(iteration, batch_size)
+
+
+class Moved(Program):
+    """A prior with a shift, and one that counts its calls."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loc = nn.Parameter(torch.zeros(2))
+        self.shift = 0.0
+        self.window = range(0)
+        self.calls = 0
+
+    def forward(self, batch: Any) -> Any:
+        self.calls += 1
+        shift = self.shift + 0.5 * (self.calls in self.window)
+        return dist.Normal(self.loc + shift, torch.ones(2)).to_event(1)
+
+
+def moved() -> tuple[Any, Any]:
+    torch.manual_seed(0)
+    decoder = MLPDecoder(PROCESS, 2, hidden_dim=16, num_layers=2, embedding_dim=4)
+    encoder = MLPEncoder(PROCESS, 2, hidden_dim=16, num_layers=2, embedding_dim=4)
+    return models.VADD(decoder, Moved()), guides.AmortizedNormal(encoder)
+
+
+@pytest.mark.parametrize("what", ["attribute", "kl_weight", "times"])
+def test_programs_that_change_are_found_out_and_go_on_by_themselves(what, interpreted):
+    def run(compiled: bool, iteration: int) -> Any:
+        model, guide = moved()
+        elbo = MaskedDiffusionELBO(PROCESS, kl_weight=0.5, times=AtomTimes(0.1))
+
+        def change() -> None:
+            if what == "attribute":
+                model.prior.shift = 0.5
+            elif what == "kl_weight":
+                elbo.kl_weight = 2.0
+            else:
+                elbo.times.share = 0.9
+
+        rows = ChangesAt(iteration, change)
+        fit(model, guide, elbo, rows, 14, **OPTIONS | dict(ema_decay=0.9), compile=compiled)
+        return state(model, guide)
+
+    with pytest.warns(RuntimeWarning) as caught:
+        found = run(True, 7)
+    (line,) = [str(w.message) for w in caught if w.category is RuntimeWarning]
+    pattern = "end at iteration 10, after 10 of them, .*: its .*Training goes on from the weights "
+    assert re.search(pattern + "before this iteration, 2 networks alone are compiled", line)
+    # The graph has kept what it was traced with until it was found out, and changed nothing then.
+    assert (found - run(False, 10)).abs().max() < 1e-4
+    assert (found - run(False, 7)).abs().max() > 1e-3
+
+
+def test_a_count_of_calls_is_where_it_would_be_without_a_graph(interpreted):
+    counts = []
+    for compiled in (False, True):
+        model, guide = moved()
+        model.prior.window = range(9, 5000)
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(model, guide, annealed(), X, 14, **OPTIONS, compile=compiled)
+        counts.append(model.prior.calls)
+        lines = [str(w.message) for w in caught if w.category is RuntimeWarning]
+        assert len(lines) == compiled
+    assert counts == [15, 15]
+    assert "end at iteration 10, after 10 of them" in lines[0]
+
+
+def test_comparing_again_leaves_no_trace_in_a_run(interpreted, monkeypatch):
+    def drawn(batch_size):
+        return X[torch.randint(200, (batch_size,))]
+
+    calls = []
+    eager = TracedLoss.eager
+    monkeypatch.setattr(TracedLoss, "eager", lambda *args: calls.append(args) or eager(*args))
+    found = []
+    for rechecks in ((), (1, 2, 5, 9)):
+        monkeypatch.setattr("vadd_pyro.compiled.update.RECHECKS", rechecks)
+        calls.clear()
+        model, guide = moved()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            history = fit(model, guide, annealed(), drawn, 12, **OPTIONS, compile=True)
+        found.append((len(calls), history.loss, model.prior.calls, state(model, guide)))
+    (few, *one, weights), (many, *two, others) = found
+    assert many == few + 4
+    assert one == two
+    assert torch.equal(weights, others)
+
+
+def test_a_graph_that_gives_no_numbers_where_the_programs_do_is_given_up(interpreted, monkeypatch):
+    original = Update.__call__
+
+    def broken(self, x_0, kl_weight, average):
+        if self.calls < 5:
+            return original(self, x_0, kl_weight, average)
+        before = [vector.clone() for vector in self.vectors]
+        original(self, x_0, kl_weight, average)
+        for vector, value in zip(self.vectors, before, strict=True):
+            vector.copy_(value)
+        self._adam.shares[0].steps -= 1
+        return UpdateResult(math.nan, 0.0, math.nan)
+
+    monkeypatch.setattr(Update, "__call__", broken)
+    found = []
+    for compiled in (False, True):
+        model, guide = moved()
+        with warnings.catch_warnings(record=True) as caught:
+            warnings.simplefilter("always")
+            fit(model, guide, MaskedDiffusionELBO(PROCESS), X, 8, **OPTIONS, compile=compiled)
+        found.append(state(model, guide))
+    assert any("its loss is nan" in str(w.message) for w in caught)
+    assert (found[0] - found[1]).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("kind", [torch.optim.AdamW, torch.optim.SGD])
+def test_without_the_kl_its_parameters_are_passed_over(kind, interpreted):
+    options: dict[str, Any] = dict(lr=0.01, weight_decay=0.3)
+    made = []
+
+    def optimizer(parameters):
+        made.append(kind(parameters, **options))
+        return made[-1]
+
+    def elbo():
+        return MaskedDiffusionELBO(PROCESS, kl_weight=StepAnnealing([3, 9], [0.0, 0.5, 0.0]))
+
+    assert_equal(both(elbo, "mixture_of_normals", optimizer=optimizer))
+    if kind is torch.optim.AdamW:
+        steps = [[int(s["step"]) for s in one.state.values()] for one in made]
+        assert sorted(steps[0]) == sorted(steps[1])
+        assert set(steps[1]) == {6, 12}
+
+
+def test_parameters_of_other_steps_are_shares_of_their_own():
+    parameters = {name: torch.ones(2, requires_grad=True) for name in "abcd"}
+    adam = torch.optim.Adam([{"params": [parameters["a"], parameters["b"]]}])
+    parameters["b"].grad = torch.ones(2)
+    adam.step()
+    adam.add_param_group({"params": [parameters["c"], parameters["d"]]})
+    found = shares_of(adam, {id(p): n for n, p in parameters.items()}, {"d"})
+    told = [(share.group, share.names, share.of_kl, share.steps) for share in found]
+    assert told == [
+        (0, ["a"], False, 0),
+        (0, ["b"], False, 1),
+        (1, ["c"], False, 0),
+        (1, ["d"], True, 0),
+    ]
+
+
+def test_a_run_holds_neither_its_first_rows_nor_the_gradient_of_the_graph(interpreted):
+    class Watched(DiesAt):
+        seen: ClassVar[list[Any]] = []
+
+        def at(self, iteration, batch_size):
+            gc.collect()
+            assert sum(ref() is not None for ref in self.seen) <= 1 + (iteration == 0)
+            rows = super().at(iteration, batch_size).clone()
+            self.seen.append(weakref.ref(rows))
+            return rows
+
+    model, guide = moved()
+    optimizer = lambda parameters: torch.optim.SGD(parameters, lr=0.01)  # noqa: E731
+    fit(model, guide, annealed(), Watched(99), 4, **OPTIONS, optimizer=optimizer, compile=True)
+    assert len(Watched.seen) == 5
+    assert all(p.grad is None for p in [*model.parameters(), *guide.parameters()])
+
+
+def test_a_small_gradient_that_is_wrong_does_not_hide_behind_a_large_one():
+    torch.manual_seed(0)
+    gradients = {"weight": 100 * torch.randn(50, 50), "bias": 0.05 * torch.randn(3)}
+    right = Differentiated(torch.tensor(2.0), torch.tensor(1.0), gradients)
+
+    def times(name, factor):
+        return right._replace(gradients={**gradients, name: factor * gradients[name]})
+
+    assert check_agreement(right, right, 1e-3)
+    assert check_agreement(times("bias", 1 + 1e-4), right, 1e-3)
+    for factor in (1.2, 0.0, -1.0, math.nan):
+        with pytest.raises(NotOneGraphError, match="its gradient of bias differs"):
+            check_agreement(times("bias", factor), right, 1e-3)
+    with pytest.raises(NotOneGraphError, match="its gradient of other differs"):
+        check_agreement(
+            right._replace(gradients={**gradients, "other": torch.ones(2)}), right, 1e-3
+        )
+    nan = right._replace(loss=torch.tensor(math.nan))
+    for found, reference in ((nan, right), (right, nan)):
+        with pytest.raises(NotOneGraphError, match="its loss is"):
+            check_agreement(found, reference, 1e-3)
+    assert not check_agreement(nan, nan, 1e-3)
+
+
 # ------------------------------------------------------------------------------ why it cannot
+
+
+ELSEWHERE = torch.ones(2, requires_grad=True)
 
 
 class Odd(Program):
@@ -318,6 +554,8 @@ class Odd(Program):
         self.what = what
         self.loc = nn.Parameter(torch.zeros(2))
         self.register_buffer("count", torch.zeros(()))
+        self.calls = 0
+        self.memory: list[Any] = []
 
     def forward(self, batch: Any) -> Any:
         shift = 0.0
@@ -329,6 +567,19 @@ class Odd(Program):
             self.count += 1
         if self.what == "tokens by way of numpy" and batch.x_0 is not None:
             shift = 0.1 * torch.from_numpy(batch.x_0.numpy()[0, :2].astype(np.float32))
+        if self.what == "new buffers":
+            self.count = self.count + 1
+        if self.what == "item" and batch.t.mean().item() > 0.5:
+            shift = 0.1
+        if self.what == "gradients" and torch.is_grad_enabled():
+            (0 * self.loc.sum()).backward()
+        if self.what == "others' gradients":
+            shift = 0 * ELSEWHERE
+        if self.what == "calls":
+            shift = 0.1 * (self.calls > 20)
+            self.calls += 1
+        if self.what == "a memory":
+            self.memory.append(batch.t)
         if self.what == "iterations":
             shift = 0.01 * self.elbo.iteration
         if self.what == "store":
@@ -337,10 +588,16 @@ class Odd(Program):
 
 
 REASONS = {
-    "values": "look at the values|RuntimeError",
+    "values": r"look at the values of tensors by float\(\) \(.*test_compiled\.py, line \d+\)$",
+    "item": r"look at the values of tensors by \.item\(\) \(.*test_compiled\.py, line \d+\)$",
     "numpy": "random numbers from Python or NumPy",
     "buffers": "change the buffers .*count",
-    "tokens by way of numpy": "",
+    "new buffers": "change the buffers .*count",
+    "gradients": "change the gradients .*loc",
+    "others' gradients": r"a gradient by a tensor of shape \(2,\) that is no parameter",
+    "calls": "differs from that of the programs|where the programs give",
+    "a memory": r"keep a memory of their calls, model\.prior\.memory$",
+    "tokens by way of numpy": r"into a NumPy array \(.*test_compiled\.py, line \d+\)$",
     "iterations": "where the programs give",
     "store": "held by Pyro's store alone",
 }
@@ -354,12 +611,14 @@ def odd(what: str) -> tuple[Any, Any]:
 
 
 @pytest.mark.parametrize("what", REASONS)
-def test_what_is_no_graph_has_its_networks_compiled_and_a_line_says_why(what, monkeypatch):
+def test_what_is_no_graph_has_its_networks_compiled_and_a_line_says_why(
+    what, interpreted, monkeypatch
+):
     # By the compiler of torch that compiles nothing, to save time.
-    original = nn.Module.compile
+    original = COMPILE
     compiled = []
 
-    def compile_(self):
+    def compile_(self, options):
         compiled.append(type(self).__name__)
         original(self, backend="eager")
 
@@ -383,13 +642,16 @@ def test_what_is_no_graph_has_its_networks_compiled_and_a_line_says_why(what, mo
     assert model.decoder._compiled_call_impl is None
     # Looking at the programs leaves no trace in them; training counts its updates, and a first
     # look that fit takes in any case.
-    assert model.prior.count == (6 if what == "buffers" else 0)
+    assert model.prior.count == (6 if "buffers" in what else 0)
+    assert model.prior.calls == (6 if what == "calls" else 0)
 
 
 def test_rows_that_share_work_are_counted_at_run_time(monkeypatch):
     # Codes are summed out once for all rows that look alike, which saves more than a graph would.
     original = nn.Module.compile
-    monkeypatch.setattr(nn.Module, "compile", lambda self: original(self, backend="eager"))
+    monkeypatch.setattr(
+        nn.Module, "compile", lambda self, options: original(self, backend="eager")
+    )
     model, guide = pair("categorical")
     with pytest.warns(RuntimeWarning, match=r"alone are compiled: the shape .*unique"):
         fit(model, guide, annealed(), X, 3, **OPTIONS, compile=True)
@@ -448,11 +710,11 @@ def test_a_graph_that_says_something_else_is_refused(monkeypatch):
         if wrong:
             before = state(model, guide)
             with pytest.raises(NotOneGraphError, match=r"its loss is .* where the programs give"):
-                Update(loss, adam, None, 1.0, X[:32], 0.5)
+                Update(loss, adam, None, 1.0, X[:32])
             assert torch.equal(state(model, guide), before)
             assert not adam.state
         else:
-            Update(loss, adam, None, 1.0, X[:32], 0.5)
+            Update(loss, adam, None, 1.0, X[:32])
 
 
 # ---------------------------------------------------------------------------------- its parts
@@ -492,6 +754,19 @@ def test_silent_networks_are_the_largest_without_statements():
     batch = PROCESS.corrupt(X[:5], 0.5)
     found = silent_networks([guide], lambda: guide(batch))
     assert found == [guide.first, guide.other[0]]
+
+
+def test_dropout_in_compiled_networks_draws_the_numbers_that_it_draws_uncompiled():
+    network = nn.Sequential(nn.Linear(4, 8), nn.Dropout(0.5), nn.Linear(8, 3))
+    x, found = torch.randn(16, 4), []
+    for networks in ([], [network]):
+        network.zero_grad()
+        torch.manual_seed(5)
+        with compiled_networks(networks):
+            network(x).square().sum().backward()
+        found.append([torch.rand(3), *(p.grad.clone() for p in network.parameters())])
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(not products.has_onednn(), reason="torch was built without oneDNN")

@@ -192,6 +192,14 @@ def test_graphs_of_two_processes_do_what_the_programs_do(found):
     assert one["graph"]["loss"] == pytest.approx(one["eager"]["loss"], abs=1e-4)
 
 
+def test_processes_give_up_their_graphs_together(found):
+    one, two = (told["given_up"] for told in found)
+    assert torch.equal(one["weights"], two["weights"])
+    (line,) = one["lines"]
+    assert "end at iteration 10, after 10 of them" in line
+    assert not two["lines"]
+
+
 # ------------------------------------------------------------------------------------ one end
 
 

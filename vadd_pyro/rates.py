@@ -1,10 +1,10 @@
-"""Step sizes over a training run."""
+"""Step sizes over a training run, and how much its average of weights takes of the newest."""
 
 from __future__ import annotations
 
 import math
 
-__all__ = ["scheduled_rate"]
+__all__ = ["average_weight", "scheduled_rate"]
 
 
 def scheduled_rate(
@@ -21,3 +21,12 @@ def scheduled_rate(
     progress = (iteration - warmup) / max(1, num_iterations - warmup)
     share = 0.5 * (1 + math.cos(math.pi * progress)) if decay == "cosine" else 1 - progress
     return base * (final + (1 - final) * share)
+
+
+def average_weight(iteration: int, decay: float) -> float:
+    """Weight of the weights after update ``iteration`` (from 0) in their average.
+
+    Starts with a short memory, so that the first weights are soon forgotten.
+    """
+    done = iteration + 1
+    return 1 - min(decay, (1 + done) / (10 + done))

@@ -25,14 +25,14 @@ from vadd_pyro.checkpoints import (
     restore_random_state,
     save_checkpoint,
 )
-from vadd_pyro.compiled import Update, compile_updates
+from vadd_pyro.compiled import Update, compile_updates, give_up
 from vadd_pyro.distributed import Processes
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.exchange import GradientSum
 from vadd_pyro.finite import NonFiniteLossError, blame_loss, clip_gradient, not_finite
 from vadd_pyro.history import History
 from vadd_pyro.monitor import Monitor
-from vadd_pyro.rates import scheduled_rate
+from vadd_pyro.rates import average_weight, scheduled_rate
 from vadd_pyro.resuming import check_same_run, estimated_size, moments_of, restore_own
 from vadd_pyro.weights import NamedParameters, Weights
 
@@ -72,6 +72,7 @@ class Run:
         self.average: list[Tensor] | None = None
         self.update: Update | None = None
         self._products: dict[str, bool] | None = None
+        self._compiling: dict[str, Any] = {}
         self.saved: tuple[Path, int] | None = None  # the newest checkpoint and its iteration
         self._since: list[tuple[float, float]] = []
         self._mark = time.perf_counter()
@@ -91,7 +92,7 @@ class Run:
                 self.elbo.loss(self.model, self.guide, first)
                 if self.accumulate * processes.size > 1:
                     check_divisible(self.elbo, self.model, self.guide, weights.modules, first)
-            self._first = first
+            self._first = first if self.configuration.get("compile") else None
             if self.monitor is not None:
                 self.monitor.choose(self.batches.to_monitor())
         processes.check_same(weights.tensors(), "after a first look at the loss")
@@ -164,30 +165,30 @@ class Run:
         self.smooth_kl = (0.0 if first else keep * self.smooth_kl) + (1 - keep) * kl
 
     def _average_weight(self) -> float:
-        """Weight of the new weights in their average.
-
-        Starts with a short memory, so that the first weights are soon forgotten.
-        """
-        if self.average is None:
-            return 0.0
-        done = self.iteration + 1
-        return 1 - min(self.configuration["ema_decay"], (1 + done) / (10 + done))
+        decay = self.configuration["ema_decay"]
+        return 0.0 if self.average is None else average_weight(self.iteration, decay)
 
     def _compiled_step(self, x_0: Tensor, update: Update) -> tuple[float, float]:
-        """One update by the graph: loss and KL of a row."""
-        random = torch.get_rng_state()
-        found = update(x_0, self.elbo.current_kl_weight(), self._average_weight())
-        if not found.finite:
+        """One update by the graph, or by the programs if these have changed: loss and KL of a
+        row.
+        """
+        reason = update.differs(x_0)
+        if not reason:
+            found = update(x_0, self.elbo.current_kl_weight(), self._average_weight())
+            if found.finite:
+                return found.loss, found.kl
             # The graph has left the weights as they were. The programs say what is to blame.
-            torch.set_rng_state(random)
+            update.rewind()
             self._check_weights()
             self._differentiate(x_0)
-            raise NonFiniteLossError(
-                f"the loss is {found.loss:.6g} and its gradient's norm {found.norm:.6g} at "
-                f"iteration {self.iteration}. Training stopped before the update, "
-                f"{self._last_good()}"
+            update.rewind()
+            reason = (
+                f"its loss is {found.loss:.6g} and the norm of its gradient {found.norm:.6g}, "
+                "where the programs give numbers"
             )
-        return found.loss, found.kl
+        self.update = None
+        give_up(update, reason, self.elbo, self.model, self.guide, x_0, **self._compiling)
+        return self._eager_step(x_0)
 
     def _eager_step(self, x_0: Tensor) -> tuple[float, float]:
         """One update by the programs as they are: loss and KL of a row."""
@@ -218,20 +219,17 @@ class Run:
     def compile(self, stack: ExitStack) -> None:
         """Compile the updates, as far as the programs allow it, until ``stack`` is closed."""
         self.elbo.iteration = self.iteration
+        first, self._first = self._first, None
+        assert first is not None
+        half = self.configuration.get("precision") == "bfloat16"
+        self._compiling = dict(optimizer=self.optimizer, average=self.average, stack=stack)
+        self._compiling |= dict(half=half, accumulate=self.accumulate, processes=self.processes)
         self.update = compile_updates(
-            self.elbo,
-            self.model,
-            self.guide,
-            self._first,
-            optimizer=self.optimizer,
-            average=self.average,
+            *(self.elbo, self.model, self.guide, first),
             parameters=self.parameters,
             clip_norm=self.configuration["clip_norm"],
-            half=self.configuration.get("precision") == "bfloat16",
             products=self._products,
-            accumulate=self.accumulate,
-            processes=self.processes,
-            stack=stack,
+            **self._compiling,
         )
 
     def _differentiate(self, x_0: Tensor) -> tuple[float, float]:
@@ -390,8 +388,9 @@ class Run:
         return content
 
     def finish(self) -> None:
-        """Leave the averaged weights in the programs."""
+        """Leave the averaged weights in the programs, and no gradients."""
         self.elbo.iteration = self.iteration
+        self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             with torch.no_grad():
                 for parameter, average in zip(self.parameters, self.average, strict=True):

@@ -176,8 +176,8 @@ def fit(
             optimiser as they are; about 1.5 times as fast on processors that have such products.
         compile: run each update as one compiled graph (:mod:`vadd_pyro.compiled`), on the same
             random numbers. It takes some seconds to half a minute to start. Where the programs do
-            not allow it, their networks alone are compiled, and a warning says why; batches of
-            another size run uncompiled.
+            not allow it, or are found to have changed since, their networks alone are compiled,
+            and a warning says why; batches of another size run uncompiled.
         accumulate: into how many parts a process divides its rows, to hold one of them in memory
             at a time; the mean of their gradients makes the update. ``batch_size`` must be a
             multiple of processes times parts.

@@ -3,24 +3,24 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Mapping, Sequence
+from contextlib import ExitStack
 from typing import Any
 
 import pyro
 import torch
 from torch import Tensor
 
-from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.compiled.graphs import NotOneGraphError, first_line
 from vadd_pyro.compiled.networks import compiled_networks, silent_networks
 from vadd_pyro.compiled.traced import TracedLoss
+from vadd_pyro.compiled.untouched import left_alone
 from vadd_pyro.compiled.update import Update
 from vadd_pyro.distributed import Processes
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.programs import modules_of
 
-__all__ = ["compile_updates"]
+__all__ = ["compile_updates", "give_up"]
 
 
 def compile_updates(
@@ -41,8 +41,8 @@ def compile_updates(
 ) -> Update | None:
     """Compile updates as far as the programs allow it.
 
-    Anything less than whole updates is said in a warning. Random numbers, buffers and gradients
-    are left as they were.
+    Anything less than whole updates is said in a warning. Random numbers, buffers, gradients and
+    numbers in attributes of the programs are left as they were.
 
     Args:
         elbo, model, guide: the loss.
@@ -62,7 +62,7 @@ def compile_updates(
     """
     processes = Processes() if processes is None else processes
     update, reason = None, ""
-    with _left_alone(model, guide):
+    with left_alone(elbo, model, guide):
         try:
             loss = TracedLoss(elbo, model, guide, half)
             shares = products, accumulate, processes
@@ -78,16 +78,7 @@ def compile_updates(
             return update
         update.release()
         reason = next(filter(None, (r for r, _ in found)), "it is another one in each process")
-    inner = stack.enter_context(ExitStack())
-    with _left_alone(model, guide):
-        try:
-            part = x_0.chunk(accumulate)[0]
-            number = _networks(elbo, model, guide, part, half, inner)
-            kind = f"{number} networks alone are compiled"
-        except Exception as error:  # of many kinds: the compiler fails, or there is none
-            inner.close()
-            kind = f"nor are networks compiled ({first_line(error)})"
-        optimizer.zero_grad(set_to_none=True)
+    kind = _try_networks(elbo, model, guide, x_0, optimizer, half, accumulate, stack)
     if processes.first:
         warnings.warn(
             f"an update cannot be one compiled graph, {kind}: {reason}",
@@ -97,18 +88,69 @@ def compile_updates(
     return None
 
 
-@contextmanager
-def _left_alone(*programs: Any) -> Iterator[None]:
-    """Random numbers and buffers as they were."""
-    modules = [module for program in programs for module in modules_of(program)]
-    buffers = [(b, b.clone()) for module in modules for b in module.buffers()]
-    random = random_state()
-    try:
-        yield
-    finally:
-        restore_random_state(random)
-        for buffer, value in buffers:
-            buffer.copy_(value)
+def give_up(
+    update: Update,
+    reason: str,
+    elbo: MaskedDiffusionELBO,
+    model: Any,
+    guide: Any,
+    x_0: Tensor,
+    *,
+    optimizer: torch.optim.Optimizer,
+    average: list[Tensor] | None,
+    half: bool,
+    accumulate: int,
+    processes: Processes,
+    stack: ExitStack,
+) -> None:
+    """Go on without the graph of the updates, which is not what the programs are any more.
+
+    The networks are compiled instead, if that is possible, and a warning says what has happened.
+
+    Args:
+        update: the graph.
+        reason: in what they differ.
+        elbo, model, guide, optimizer, average, half, accumulate, processes, stack: as for
+            :func:`compile_updates`; ``elbo.iteration`` is that of the next update.
+        x_0: rows of the next update.
+    """
+    update.release()
+    if average is not None:
+        average[:] = [value.clone() for value in average]
+    kind = _try_networks(elbo, model, guide, x_0, optimizer, half, accumulate, stack)
+    if processes.first:
+        warnings.warn(
+            f"compiled updates end at iteration {elbo.iteration}, after {update.calls} of them, "
+            f"for the graph is not what the programs are now: {reason}. Training goes on from the "
+            f"weights before this iteration, {kind}. The updates since the last comparison "
+            f"({update.alike} had been made then) may not be what the programs would have made",
+            RuntimeWarning,
+            stacklevel=5,
+        )
+
+
+def _try_networks(
+    elbo: MaskedDiffusionELBO,
+    model: Any,
+    guide: Any,
+    x_0: Tensor,
+    optimizer: torch.optim.Optimizer,
+    half: bool,
+    accumulate: int,
+    stack: ExitStack,
+) -> str:
+    """Compile the networks alone, if that is possible; what came of it, in words."""
+    inner = stack.enter_context(ExitStack())
+    with left_alone(elbo, model, guide):
+        try:
+            part = x_0.chunk(accumulate)[0]
+            number = _networks(elbo, model, guide, part, half, inner)
+            kind = f"{number} networks alone are compiled"
+        except Exception as error:  # of many kinds: the compiler fails, or there is none
+            inner.close()
+            kind = f"nor are networks compiled ({first_line(error)})"
+    optimizer.zero_grad(set_to_none=True)
+    return kind
 
 
 def _whole(
@@ -128,9 +170,8 @@ def _whole(
     if average is not None:
         own = {id(p): a for p, a in zip(parameters, average, strict=True)}
         averages = {name: own[id(p)] for name, p in loss.parameters.items()}
-    weight = loss.elbo.current_kl_weight()
     shares = products, accumulate, processes
-    update = Update(loss, optimizer, averages, clip_norm, x_0, weight, *shares)
+    update = Update(loss, optimizer, averages, clip_norm, x_0, *shares)
     if average is not None:
         kept = {id(update.parameters[name]): a for name, a in update.average.items()}
         average[:] = [kept.get(id(p), a) for p, a in zip(parameters, average, strict=True)]

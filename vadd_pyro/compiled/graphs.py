@@ -3,22 +3,42 @@
 A graph holds tensor operations alone. Values of Python are frozen in as they were in the traced
 run, and tensors that are no inputs are held as constants, so whatever else a program reads must
 not change from run to run. A graph is compared with the programs on two batches before it is
-used (:mod:`vadd_pyro.compiled.traced`); what changes only later is not seen.
+used, and on another after 10, 100 and 1000 updates (:mod:`vadd_pyro.compiled.comparison`).
 """
 
 from __future__ import annotations
 
+import os
 import random
+import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyro
+import torch
 from torch import Tensor, nn, no_grad
 from torch.fx import GraphModule
+from torch.overrides import TorchFunctionMode
 
-__all__ = ["NotOneGraphError", "capture", "compile_graph", "first_line", "leaves_of_buffers_alone"]
+__all__ = ["NotOneGraphError", "capture", "compile_graph", "first_line"]
+
+_LOOKS = {
+    "__bool__": "bool() or a condition (if, while, assert, and, or)",
+    "is_nonzero": "is_nonzero()",
+    "__int__": "int()",
+    "__float__": "float()",
+    "__index__": "their use as an index of Python",
+    "item": ".item()",
+    "tolist": ".tolist()",
+}
+_NUMPY = ("numpy", "__array__")
+_HERE = f"{Path(__file__).parent}{os.sep}"
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
+_LIBRARIES = tuple(f"{Path(path).parent}{os.sep}" for path in (torch.__file__, pyro.__file__))
 
 
 class NotOneGraphError(RuntimeError):
@@ -31,23 +51,39 @@ def first_line(error: BaseException) -> str:
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
-@contextmanager
-def leaves_of_buffers_alone(modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Refuse programs that change a buffer, such as the averages of batch normalisation.
-
-    Raises:
-        NotOneGraphError: naming the buffers.
+class _Looks(TorchFunctionMode):
+    """Notes the last statement that looked at the values of a tensor, for the tracer fails at it
+    deep inside torch, and refuses NumPy, which no tracer sees.
     """
-    buffers = [(name, b) for module in modules for name, b in module.named_buffers()]
-    versions = [buffer._version for _, buffer in buffers]
-    yield
-    changed = [
-        name
-        for (name, buffer), version in zip(buffers, versions, strict=True)
-        if buffer._version != version
-    ]
-    if changed:
-        raise NotOneGraphError(f"the programs change the buffers {', '.join(changed[:3])}")
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.last = ""
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        name = getattr(func, "__name__", "")
+        if name in _LOOKS:
+            self.last = f"by {_LOOKS[name]}{_place()}"
+        elif name in _NUMPY:
+            raise NotOneGraphError(f"the programs turn a tensor into a NumPy array{_place()}")
+        return func(*args, **(kwargs or {}))
+
+
+def _place() -> str:
+    """The innermost line of a user's program, or else of the package, that runs."""
+    frame = sys._getframe(2)
+    own = ""
+    while frame is not None and not frame.f_code.co_filename.startswith(_HERE):
+        file = frame.f_code.co_filename
+        line = f" ({file}, line {frame.f_lineno})"
+        if not file.startswith((*_LIBRARIES, _PACKAGE)) and file.endswith(".py"):
+            return line
+        if file.startswith(_PACKAGE):
+            own = own or line
+        frame = frame.f_back  # type: ignore[assignment]
+    return own
 
 
 def _other_draws() -> tuple[Any, ...]:
@@ -78,14 +114,15 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModu
     from torch.fx.experimental.proxy_tensor import make_fx  # takes a while
 
     examples = [value.clone() for value in inputs]
+    looks = _Looks()
     try:
-        with _torch_draws_alone(), warnings.catch_warnings():
+        with _torch_draws_alone(), warnings.catch_warnings(), looks:
             warnings.simplefilter("ignore")
             graph: GraphModule = make_fx(function, tracing_mode="real")(*examples)
     except NotOneGraphError:
         raise
     except Exception as error:
-        raise NotOneGraphError(_reason(error)) from error
+        raise NotOneGraphError(_reason(error, looks.last)) from error
     for node in graph.graph.find_nodes(op="get_attr"):
         constant = getattr(graph, str(node.target), None)
         if isinstance(constant, nn.Parameter) and constant.requires_grad:
@@ -95,14 +132,14 @@ def capture(function: Callable[..., Any], inputs: Sequence[Tensor]) -> GraphModu
     return graph
 
 
-def _reason(error: Exception) -> str:
+def _reason(error: Exception, look: str = "") -> str:
     from torch._subclasses.fake_tensor import DataDependentOutputException as OfValue
     from torch._subclasses.fake_tensor import DynamicOutputShapeException as OfShape
 
     if isinstance(error, OfShape):
         return f"the shape of what {error.func} returns depends on the values of tensors"
-    if isinstance(error, OfValue):
-        return f"the programs look at the values of tensors ({error.func})"
+    if isinstance(error, OfValue) or "value out of a tracing tensor" in str(error):
+        return f"the programs look at the values of tensors {look}".strip()
     return first_line(error)
 
 

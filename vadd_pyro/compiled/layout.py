@@ -47,6 +47,11 @@ class Layout:
             for name, shape in self.shapes.items()
         }
 
+    def end(self, name: str) -> int:
+        """Where the next parameter begins."""
+        later = [start for start in self.starts.values() if start > self.starts[name]]
+        return min(later, default=self.size)
+
     def joined(self, values: Sequence[Tensor]) -> Tensor:
         """A vector ``(size,)`` of tensors in the order of the names, with zeros between them."""
         pieces = []

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any, NamedTuple
 
@@ -11,7 +11,8 @@ import pyro
 import torch
 from torch import Tensor, nn
 
-from vadd_pyro.compiled.graphs import NotOneGraphError, leaves_of_buffers_alone
+from vadd_pyro.compiled.graphs import NotOneGraphError
+from vadd_pyro.compiled.untouched import changes_nothing
 from vadd_pyro.elbo import LossTerms, MaskedDiffusionELBO
 from vadd_pyro.programs import modules_of
 
@@ -20,6 +21,10 @@ __all__ = ["Differentiated", "TracedLoss", "check_agreement"]
 # Of losses and gradients of one batch and the same random numbers; sums in another order.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.05
+# Of the gradient of one parameter, relative to its own norm: a unit of a row that lies on the kink
+# of a rectifier counts for one side or the other, and a sum that cancels is left with what
+# rounding leaves of its terms.
+_OWN, _ROUNDING = 10.0, 0.01
 
 
 class Differentiated(NamedTuple):
@@ -36,6 +41,12 @@ class Differentiated(NamedTuple):
     kl: Tensor
     gradients: dict[str, Tensor]
 
+    @property
+    def finite(self) -> bool:
+        """Whether loss and gradients are numbers."""
+        values = (self.loss, *self.gradients.values())
+        return all(bool(value.isfinite().all()) for value in values)
+
 
 class _Programs(nn.Module):
     """The pair as one module, whose parameters can be replaced for a call."""
@@ -47,13 +58,16 @@ class _Programs(nn.Module):
         self.modules_of_both = nn.ModuleList(modules)
         self._pair = (elbo, model, guide)
 
-    def forward(self, x_0: Tensor, kl_weight: Tensor | None, half: bool) -> LossTerms:
+    def forward(self, x_0: Tensor, kl_weight: Tensor | float | None, half: bool) -> LossTerms:
         elbo, model, guide = self._pair
+        own = elbo.kl_weight
         with torch.autocast(x_0.device.type, torch.bfloat16, enabled=half, cache_enabled=False):
-            if kl_weight is not None:
-                elbo = copy.copy(elbo)
-                elbo.kl_weight = kl_weight  # type: ignore[assignment]
-            return elbo.terms(model, guide, x_0)
+            try:
+                if kl_weight is not None:
+                    elbo.kl_weight = kl_weight  # type: ignore[assignment]
+                return elbo.terms(model, guide, x_0)
+            finally:
+                elbo.kl_weight = own
 
 
 @contextmanager
@@ -107,6 +121,7 @@ class TracedLoss:
                 "doubly reparameterised gradients run the guide twice on the same random numbers"
             )
         self.elbo = elbo
+        self.pair = elbo, model, guide
         found = [module for program in (model, guide) for module in modules_of(program)]
         self.modules = list({id(module): module for module in found}.values())
         self.programs = _Programs(elbo, model, guide, self.modules)
@@ -140,10 +155,10 @@ class TracedLoss:
         )
 
     @contextmanager
-    def later(self) -> Iterator[None]:
-        """As it would be many updates later."""
+    def later(self, updates: int) -> Iterator[None]:
+        """As it would be so many updates later."""
         before = self.elbo.iteration
-        self.elbo.iteration = before + 10_000
+        self.elbo.iteration = before + updates
         try:
             yield
         finally:
@@ -161,20 +176,52 @@ class TracedLoss:
             ):
                 raise NotOneGraphError(f"{name} has a hook on its gradient")
 
-    def eager(self, x_0: Tensor, kl_weight: float) -> Differentiated:
+    def eager(self, x_0: Tensor, kl_weight: Tensor | float | None = None) -> Differentiated:
         """What the programs themselves say, the reference for a graph; no parameter is replaced.
 
+        Args:
+            x_0: clean tokens, ``(B, D)``.
+            kl_weight: ``lambda``; None leaves it to the loss.
+
         Raises:
-            NotOneGraphError: if they change buffers.
+            NotOneGraphError: if they change buffers or gradients, or would differentiate by a
+            tensor that is none of their modules' parameters.
         """
-        weight = torch.tensor(kl_weight, device=x_0.device)
         names, values = list(self.parameters), list(self.parameters.values())
-        with leaves_of_buffers_alone(self.modules), pyro.validation_enabled(False):
-            terms = self.programs(x_0, weight if self.told else None, self.half)
+        with changes_nothing(self.modules), pyro.validation_enabled(False):
+            terms = self.programs(x_0, kl_weight, self.half)
             loss = terms.loss / len(x_0)
+            self._check_leaves(loss)
             gradients = torch.autograd.grad(loss, values, allow_unused=True)
         found = {n: g for n, g in zip(names, gradients, strict=True) if g is not None}
         return Differentiated(loss.detach(), terms.kl / len(x_0), found)
+
+    def gives_none_without_kl(self, x_0: Tensor) -> set[str]:
+        """Names of the parameters that have no gradient where ``lambda`` is 0; then they are left
+        out of an update, which is not the same as a gradient of zero.
+        """
+        if not self.told:
+            return set()
+        return set(self.parameters) - set(self.eager(x_0, 0.0).gradients)
+
+    def _check_leaves(self, loss: Tensor) -> None:
+        """Refuse a loss that leaves gradients in other tensors than the parameters."""
+        known = {id(p) for p in self.parameters.values()}
+        seen, waiting = set(), [loss.grad_fn]
+        while waiting:
+            node = waiting.pop()
+            if node is None or node in seen:
+                continue
+            seen.add(node)
+            # Functions of a user's own may have an attribute of that name.
+            own = type(node).__name__ == "AccumulateGrad"
+            leaf: Tensor | None = getattr(node, "variable", None) if own else None
+            if leaf is not None and id(leaf) not in known:
+                raise NotOneGraphError(
+                    f"the loss has a gradient by a tensor of shape {tuple(leaf.shape)} that is no "
+                    "parameter of the programs' modules"
+                )
+            waiting += [following for following, _ in node.next_functions]
 
     @property
     def tolerance(self) -> float:
@@ -184,35 +231,48 @@ class TracedLoss:
         return _HALF_TOLERANCE if self.half else worst
 
 
-def check_agreement(
-    graph: Callable[[], Differentiated], reference: Differentiated, tolerance: float
-) -> None:
+def check_agreement(found: Differentiated, reference: Differentiated, tolerance: float) -> bool:
     """Refuse a graph that does not say what the programs say.
 
+    No number of a gradient may differ by more than ``tolerance`` times the largest number of all
+    gradients, and none of a parameter's, in norm, by more than ten times that share of its own
+    norm, up to what rounding makes of the terms that it is the sum of.
+
     Args:
-        graph: gives loss and gradient by the graph, on the reference's batch and random numbers.
-        reference: those of the programs themselves.
+        found: by the graph, on the reference's batch and random numbers.
+        reference: by the programs themselves.
         tolerance: relative to the largest number.
+
+    Returns:
+        Whether there were numbers to compare; False if neither gives any.
 
     Raises:
         NotOneGraphError: naming the loss or the parameter whose gradient differs.
     """
-    found = graph()
+    if not (reference.finite or found.finite):
+        return False
     loss, expected = float(found.loss), float(reference.loss)
-    if abs(loss - expected) > tolerance * max(1.0, abs(expected)):
+    # Whatever is no number lies in no range, so the question is what does.
+    if not abs(loss - expected) <= tolerance * max(1.0, abs(expected)):
         raise NotOneGraphError(
             f"its loss is {loss:.6g} where the programs give {expected:.6g}: they do not do the "
             "same at every call"
         )
-    largest = max(
-        (float(g.abs().max()) for g in reference.gradients.values() if g.numel()), default=0.0
-    )
-    for name, gradient in reference.gradients.items():
+    gradients = {n: g for n, g in reference.gradients.items() if g.numel()}
+    largest = max((float(g.abs().max()) for g in gradients.values()), default=0.0)
+    for name in [*gradients, *(n for n in found.gradients if n not in reference.gradients)]:
         if name not in found.gradients:
             raise NotOneGraphError(f"it has no gradient of {name}")
-        error = float((found.gradients[name] - gradient).abs().amax()) if gradient.numel() else 0.0
-        if error > tolerance * max(largest, 1e-6):
+        gradient = gradients.get(name, torch.zeros_like(found.gradients[name]))
+        difference = found.gradients[name] - gradient
+        error, norm = float(difference.abs().amax()), float(gradient.norm())
+        # Half precision rounds the terms themselves in the second digit.
+        share = _ROUNDING if tolerance < _HALF_TOLERANCE else 1.0
+        rounding = share * tolerance * largest * math.sqrt(gradient.numel())
+        within = float(difference.norm()) <= _OWN * tolerance * norm + max(rounding, 1e-9)
+        if not (within and error <= tolerance * max(largest, 1e-6)):
             raise NotOneGraphError(
                 f"its gradient of {name} differs from that of the programs by {error:.3g}, where "
-                f"the largest is {largest:.3g}"
+                f"its norm is {norm:.3g} and the largest number of all gradients {largest:.3g}"
             )
+    return True

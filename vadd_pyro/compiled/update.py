@@ -1,19 +1,17 @@
 r"""One update of a training run as one compiled graph.
 
-Masks, guide, model, loss, gradient, clipping, Adam and the average of weights,
-
-.. math::
-    g \leftarrow g \min(1, c / \lVert g \rVert) , \quad m \leftarrow \beta_1 m + (1 - \beta_1) g ,
-    \quad v \leftarrow \beta_2 v + (1 - \beta_2) g^2 , \quad \theta \leftarrow \theta - \frac{\eta
-    m / (1 - \beta_1^n)}{\sqrt{v / (1 - \beta_2^n)} + \epsilon} ,
-
-over vectors that hold all parameters (:mod:`vadd_pyro.compiled.layout`). What changes from update
-to update (``lambda``, step sizes) is a tensor that the graph is given. If loss or gradient are not
-finite, nothing is written. Another optimiser than Adam and AdamW steps by itself, on the graph's
-gradient.
+Masks, guide, model, loss, gradient, clipping :math:`g \leftarrow g \min(1, c / \lVert g \rVert)`,
+Adam (:mod:`vadd_pyro.compiled.adam`) and the average of weights, over vectors that hold all
+parameters (:mod:`vadd_pyro.compiled.layout`). What changes from update to update (``lambda``, step
+sizes) is a tensor that the graph is given. If loss or gradient are not finite, nothing is written.
+Another optimiser than Adam and AdamW steps by itself, on the graph's gradient.
 
 Where several processes or parts of a batch share an update, it is two graphs: one up to the
 gradient of a part, and one from the mean of all gradients on.
+
+The graph is what the programs were when it was traced. It is compared with them, loss and every
+gradient on the same random numbers, before it is used, and again after 10, 100 and 1000 updates,
+for what of theirs has changed meanwhile.
 """
 
 from __future__ import annotations
@@ -27,17 +25,17 @@ import torch
 from torch import Tensor
 
 from vadd_pyro.checkpoints import random_state, restore_random_state
-from vadd_pyro.compiled.adam import decoupled, is_plain_adam
+from vadd_pyro.compiled.adam import MOMENTS, VectorAdam, is_plain_adam, shares_of
+from vadd_pyro.compiled.comparison import RECHECKS, Comparison
 from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
 from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.products import choose_products
-from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
+from vadd_pyro.compiled.traced import Differentiated, TracedLoss
+from vadd_pyro.compiled.untouched import Memory
 from vadd_pyro.distributed import Processes
 from vadd_pyro.exchange import Exchange
 
 __all__ = ["Update", "UpdateResult"]
-
-_MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class UpdateResult(NamedTuple):
@@ -70,7 +68,6 @@ class Update:
         average: averages of the weights by name of the parameter; None for none.
         clip_norm: largest norm of the gradient; None does not clip.
         x_0: rows as every update will be given, ``(B, D)``.
-        kl_weight: ``lambda`` at which the graph is compared with the programs.
         products: which library computes which product, as an earlier run of it has decided
             (:mod:`vadd_pyro.compiled.products`); None measures. The decisions are in ``products``.
         accumulate: into how many parts the rows are divided.
@@ -87,7 +84,6 @@ class Update:
         average: Mapping[str, Tensor] | None,
         clip_norm: float | None,
         x_0: Tensor,
-        kl_weight: float,
         products: Mapping[str, bool] | None = None,
         accumulate: int = 1,
         processes: Processes | None = None,
@@ -98,23 +94,28 @@ class Update:
         self.clip_norm = clip_norm
         self.shape = x_0.shape
         self.accumulate = accumulate
-        self._alone = processes.alone
+        self._processes = processes
         self._num_parts = processes.size * accumulate
         self._loss = loss
+        memory = Memory(*loss.pair)
+        self._comparison = Comparison(loss, self._tried, memory)
+        self.calls = 0  # updates made
+        self.alike = 0  # of them, before the last comparison
+        self._alike = True
+        self._released = False
         loss.check_hooks()
         x_0 = x_0.chunk(accumulate)[0].contiguous()
         random = random_state()
-        reference = loss.eager(x_0, kl_weight)
-        names = {id(p): name for name, p in loss.parameters.items()}
-        self._groups: list[list[str]] = [
-            [names[id(p)] for p in group["params"] if names.get(id(p)) in reference.gradients]
-            for group in optimizer.param_groups
-        ]
-        self.parameters = {n: loss.parameters[n] for group in self._groups for n in group}
-        if set(self.parameters) != set(reference.gradients):
+        told = torch.ones((), device=x_0.device) if loss.told else None
+        with memory.learning():
+            gradients = loss.eager(x_0, told).gradients
+        names = {id(loss.parameters[name]): name for name in gradients}
+        shares = shares_of(optimizer, names, loss.gives_none_without_kl(x_0) & set(gradients))
+        self.parameters = {n: loss.parameters[n] for share in shares for n in share.names}
+        if set(self.parameters) != set(gradients):
             raise NotOneGraphError("the optimiser does not hold all parameters of the loss")
-        self.steps = self._read_steps()
         self.layout = Layout(self.parameters)
+        self._adam = VectorAdam(optimizer, shares, self.layout, self.parameters)
         like = next(iter(self.parameters.values())).detach()
         self.exchange = Exchange(processes, self.layout.size, like)
         zero = torch.zeros_like
@@ -122,14 +123,14 @@ class Update:
         if self.fused:
             kept += [
                 [optimizer.state.get(p, {}).get(m, zero(p)) for p in self.parameters.values()]
-                for m in _MOMENTS
+                for m in MOMENTS
             ]
         if average is not None:
             kept.append([average[name] for name in self.parameters])
         self._averaged = average is not None
         with torch.no_grad():
             self.vectors = [self.layout.joined([v.detach() for v in values]) for values in kept]
-        inputs = [*self.vectors, self._numbers(kl_weight, [0.0] * len(self._groups), 1.0), x_0]
+        inputs = [*self.vectors, self._numbers(loss.elbo.current_kl_weight(), 1.0), x_0]
         with pyro.validation_enabled(False):
             if self._num_parts == 1:
                 graph = capture(self._traced, inputs)
@@ -138,15 +139,7 @@ class Update:
             else:
                 self.products = self._make_two(inputs, products)
         restore_random_state(random)
-        check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
-        # Again on other rows and random numbers and much later, for what the trace has frozen.
-        rows = (x_0.flip(0) + 1) % loss.elbo.process.vocab_size
-        with loss.later():
-            random_then = random_state()
-            reference = loss.eager(rows, kl_weight)
-            restore_random_state(random_then)
-            inputs[-1] = rows
-            check_agreement(lambda: self._tried(inputs), reference, loss.tolerance)
+        self._comparison.before_use(x_0)
         restore_random_state(random)
         self._attach()
 
@@ -222,103 +215,54 @@ class Update:
         if not self.fused:
             return result, gradient
         finite = loss.isfinite() & norm.isfinite()
-        new = self._adam(vectors[0], vectors[1], vectors[2], gradient, numbers)
+        new = self._adam.step(vectors[0], vectors[1], vectors[2], gradient, numbers[2:])
         if self._averaged:
             new.append(vectors[3].lerp(new[0], numbers[1]))
         for old, value in zip(vectors, new, strict=True):
             old.copy_(torch.where(finite, value, old))
         return (result,)
 
-    def _adam(
-        self, values: Tensor, first: Tensor, second: Tensor, gradient: Tensor, numbers: Tensor
-    ) -> list[Tensor]:
-        """New values and moments, group by group."""
-        new: list[list[Tensor]] = [[], [], []]
-        start = 0
-        for number, (group, names) in enumerate(
-            zip(self.optimizer.param_groups, self._groups, strict=True)
-        ):
-            if not names:
-                continue
-            stop = self._end(names[-1])
-            rate, step_size, correction = numbers[2 + 3 * number : 5 + 3 * number].unbind()
-            p, m, v, g = (x[start:stop] for x in (values, first, second, gradient))
-            start = stop
-            beta_1, beta_2 = group["betas"]
-            if decay := group["weight_decay"]:
-                if decoupled(self.optimizer, group):
-                    p = p * (1 - rate * decay)
-                else:
-                    g = g + decay * p
-            m = m.lerp(g, 1 - beta_1)
-            v = v * beta_2 + g * g * (1 - beta_2)
-            p = p - step_size * m / (v.sqrt() * correction + group["eps"])
-            for pieces, piece in zip(new, (p, m, v), strict=True):
-                pieces.append(piece)
-        return [pieces[0] if len(pieces) == 1 else torch.cat(pieces) for pieces in new]
-
-    def _end(self, name: str) -> int:
-        later = [
-            start for start in self.layout.starts.values() if start > self.layout.starts[name]
-        ]
-        return min(later, default=self.layout.size)
-
-    def _numbers(self, kl_weight: float, rates: Sequence[float], average: float) -> Tensor:
-        """``lambda``, the weight of new values in their average, and for each group step size,
-        that over its first correction, and the second one.
-        """
-        numbers = [kl_weight, average]
-        for rate, group in zip(rates, self.optimizer.param_groups, strict=True):
-            beta_1, beta_2 = group["betas"] if self.fused else (0.0, 0.0)
-            steps = self.steps + 1
-            numbers += [rate, rate / (1 - beta_1**steps), (1 - beta_2**steps) ** -0.5]
+    def _numbers(self, kl_weight: float, average: float) -> Tensor:
+        """``lambda``, the weight of new values in their average, and the numbers of Adam."""
+        numbers = [kl_weight, average, *self._adam.numbers(kl_weight)]
         like = next(iter(self.parameters.values()))
         return torch.tensor(numbers, dtype=like.dtype, device=like.device)
 
-    def _tried(self, inputs: Sequence[Tensor]) -> Differentiated:
+    def _tried(self, x_0: Tensor) -> Differentiated:
         """Loss and gradient by the graph, on copies."""
-        copies = [value.clone() for value in inputs]
-        if not self.fused:
-            result, gradient = self._graph(*copies)
+        kl_weight = self._loss.elbo.current_kl_weight()
+        copies = [vector.clone() for vector in self.vectors]
+        if self.fused:
+            copies[1].zero_()  # so that it holds the gradient and no more afterwards
+        result, *others = self._graph(*copies, self._numbers(kl_weight, 1.0), x_0)
+        if self.fused:
+            gradient = self._adam.undone(self.vectors[0], copies[1], kl_weight)
         else:
-            (result,) = self._graph(*copies)
-            # Both moments of all groups have the same beta in practice; each is undone by its own.
-            gradient = self.layout.joined(self._undone(inputs[1], copies[1]))
-        if self.clip_norm is not None:
+            (gradient,) = others
+        if not result.isfinite().all():  # and nothing was written
+            gradient = torch.full_like(gradient, math.nan)
+        elif self.clip_norm is not None:
             gradient = gradient * ((result[2] + 1e-6) / self.clip_norm).clamp_min(1.0)
         return Differentiated(result[0], result[1], self.layout.views(gradient))
 
-    def _undone(self, before: Tensor, after: Tensor) -> list[Tensor]:
-        """Gradients from the change of the first moment."""
-        old, new = self.layout.views(before), self.layout.views(after)
-        values = self.layout.views(self.vectors[0])
-        undone = []
-        for group, names in zip(self.optimizer.param_groups, self._groups, strict=True):
-            beta, decay = group["betas"][0], group["weight_decay"]
-            for name in names:
-                gradient = (new[name] - beta * old[name]) / (1 - beta)
-                if decay and not decoupled(self.optimizer, group):
-                    gradient = gradient - decay * values[name]
-                undone.append(gradient)
-        return undone
+    def differs(self, x_0: Tensor) -> str:
+        """Why the next update cannot be made by the graph, or nothing; after 10, 100 and 1000
+        updates it is compared with the programs for that.
+
+        Args:
+            x_0: rows of that update.
+        """
+        if not self._alike:
+            return "the optimiser has passed over some parameters in an update without the graph"
+        if self.calls not in RECHECKS:
+            return ""
+        part = x_0.chunk(self.accumulate)[0].contiguous()
+        reason = self._comparison.after(self.calls * self.accumulate, part, self._processes)
+        if not reason:
+            self.alike = self.calls
+        return reason
 
     # ------------------------------------------------------------------ its state
-
-    def _read_steps(self) -> int:
-        """How many steps the optimiser has made.
-
-        Raises:
-            NotOneGraphError: if it has made more for some parameters than for others.
-        """
-        if not self.fused:
-            return 0
-        steps = {
-            int(self.optimizer.state[p]["step"]) if p in self.optimizer.state else 0
-            for p in self.parameters.values()
-        }
-        if len(steps) != 1:
-            raise NotOneGraphError("the optimiser has made more steps for some parameters")
-        return steps.pop()
 
     @torch.no_grad()
     def _attach(self) -> None:
@@ -328,7 +272,7 @@ class Update:
             if self.fused:
                 state = self.optimizer.state[parameter]
                 state.setdefault("step", torch.tensor(0.0))
-                for moment, own in zip(_MOMENTS, views[1:], strict=False):
+                for moment, own in zip(MOMENTS, views[1:], strict=False):
                     state[moment] = own[name]
 
     @property
@@ -338,19 +282,21 @@ class Update:
 
     def flush(self) -> None:
         """Tell the optimiser how many steps were made, before it is saved or steps by itself."""
-        if self.fused:
-            for parameter in self.parameters.values():
-                self.optimizer.state[parameter]["step"].fill_(self.steps)
+        self._adam.tell()
 
     def refresh(self) -> None:
         """Take note of a step that the optimiser made by itself."""
-        self.steps += 1
+        self._alike = self._adam.ask()
 
     def release(self) -> None:
-        """Give the parameters storage of their own."""
+        """Give the parameters storage of their own, and drop their gradients."""
+        if self._released:
+            return
+        self._released = True
         self.flush()
         for parameter in self.parameters.values():
             parameter.data = parameter.data.clone()
+            parameter.grad = None
 
     # --------------------------------------------------------------------- steps
 
@@ -366,25 +312,41 @@ class Update:
             kl_weight: ``lambda``.
             average: weight of the new values in their average.
         """
+        self._random = _generators(x_0.device)
         x_0 = x_0.contiguous()
-        rates = [float(group["lr"]) for group in self.optimizer.param_groups]
-        numbers = self._numbers(kl_weight, rates, average)
+        numbers = self._numbers(kl_weight, average)
         if self._num_parts == 1:
             found = self._graph(*self.vectors, numbers, x_0)
         else:
             found = self._rest(*self.vectors, numbers, self._mean(x_0, numbers))
         result = UpdateResult(*found[0].tolist())
-        if self.fused:
-            self.steps += result.finite
-        elif result.finite:
-            self.optimizer.zero_grad(set_to_none=True)
-            for name, own in self.layout.views(found[1]).items():
-                self.parameters[name].grad = own
-            self.optimizer.step()
-            if self._averaged:
-                with torch.no_grad():
-                    self.vectors[-1].lerp_(self.vectors[0], average)
+        self.calls += 1
+        if not result.finite:
+            return result
+        self._adam.made(kl_weight)
+        if not self.fused:
+            self._step(found[1], kl_weight, average)
         return result
+
+    def _step(self, gradient: Tensor, kl_weight: float, average: float) -> None:
+        """Have an optimiser step by itself."""
+        self.optimizer.zero_grad(set_to_none=True)
+        views = self.layout.views(gradient)
+        for share in self._adam.shares:
+            if share.moves(kl_weight):
+                for name in share.names:
+                    self.parameters[name].grad = views[name]
+        self.optimizer.step()
+        if self._averaged:
+            with torch.no_grad():
+                self.vectors[-1].lerp_(self.vectors[0], average)
+
+    def rewind(self) -> None:
+        """Put torch's random numbers back to before the last update, which found no numbers."""
+        on_cpu, on_device, device = self._random
+        torch.set_rng_state(on_cpu)
+        if on_device is not None:
+            torch.cuda.set_rng_state(on_device, device)
 
     def _mean(self, x_0: Tensor, numbers: Tensor) -> Tensor:
         """Gradient, loss and KL, means over the parts of all processes."""
@@ -393,7 +355,13 @@ class Update:
             (told,) = self._gradient(self.vectors[0], numbers, parts[0])
             for part in parts[1:]:
                 told += self._gradient(self.vectors[0], numbers, part)[0]
-        if not self._alone:
+        if not self._processes.alone:
             loss, kl = told[self.layout.size : self.layout.size + 2].tolist()
             self.exchange(told, loss, kl)
         return told
+
+
+def _generators(device: torch.device) -> tuple[Tensor, Tensor | None, torch.device]:
+    """State of the generators that a graph draws on: that of the CPU, and the device's own."""
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), own, device
