@@ -120,6 +120,7 @@ def test_hub_sets_are_named_where_others_have_a_path(monkeypatch):
         ({"learning_rate": -1.0}, "learning_rate must be positive, got -1.0"),
         ({"steps": ()}, "steps must hold at least one"),
         ({"annealing": 2.0}, "annealing must be a share"),
+        ({"free_bits": -1.0}, "free_bits must not be negative"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):

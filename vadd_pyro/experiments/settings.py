@@ -43,6 +43,8 @@ class Settings:
         weight_decay: of AdamW.
         ema_decay: of the average of weights.
         annealing: share of the updates over which the weight of the KL grows to one.
+        free_bits: nats of each latent dimension that cost nothing in the first stage, against
+            collapse.
         precision: ``"float32"``, or ``"bfloat16"`` for networks under autocast.
         compile: run each update as one compiled graph, as :func:`vadd_pyro.fit` does on request.
         seed: of weights, masks and the order of the data.
@@ -72,6 +74,7 @@ class Settings:
     weight_decay: float = 0.0
     ema_decay: float = 0.999
     annealing: float = 0.2
+    free_bits: float = 0.0
     precision: str = "float32"
     compile: bool = False
     seed: int = 0
@@ -95,7 +98,7 @@ class Settings:
         for name in ("sizes", "data_options"):
             if not isinstance(getattr(self, name), Mapping):
                 raise ValueError(f"{name} must be a mapping, got {getattr(self, name)!r}")
-        for name in ("learning_rate", "weight_decay", "ema_decay", "annealing"):
+        for name in ("learning_rate", "weight_decay", "ema_decay", "annealing", "free_bits"):
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float):
                 raise ValueError(f"{name} must be a number, got {value!r}")
@@ -120,6 +123,8 @@ class Settings:
             raise ValueError(f"ema_decay must lie in (0, 1), got {self.ema_decay!r}")
         if not 0 <= self.annealing <= 1:
             raise ValueError(f"annealing must be a share in [0, 1], got {self.annealing!r}")
+        if not 0 <= self.free_bits < math.inf:
+            raise ValueError(f"free_bits must not be negative, got {self.free_bits!r}")
 
     def to_dict(self) -> dict[str, Any]:
         """Plain values, as a checkpoint keeps them: sequences are lists."""
@@ -144,7 +149,7 @@ class Settings:
         """Names of the settings that differ from stored ones."""
         own = self.to_dict()
         # What did not exist yet when a run was made was as it is now by default.
-        unsaid = {"compile": False}
+        unsaid = {"compile": False, "free_bits": 0.0}
         known = {**unsaid, **other}
         return [name for name in own if own[name] != known.get(name, object())]
 

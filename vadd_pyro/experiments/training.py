@@ -50,6 +50,7 @@ def _stages(settings: Settings, data: DataSet) -> list[_Stage]:
         process,
         times=times,
         kl_weight=LinearAnnealing(annealed, start=0.001) if annealed else 1.0,
+        free_bits=settings.free_bits if settings.model == "vadd" else 0.0,
     )
     chain = MaskedDiffusionELBO(process, "chain", times=grids)
     rate = settings.learning_rate
