@@ -34,14 +34,13 @@ _IMAGES: dict[str, Any] = {
     "backbone": "pixel",
     "prior": "standard_normal",
     "guide": "relative",
-    "latent_dim": 16,
+    "latent_dim": 32,
     "sizes": {"hidden_dim": 512, "num_blocks": 3, "dropout": 0.1, "local_dim": 16},
     "times": "part_targets",
     "num_iterations": 14_000,
     "num_chain_iterations": 3000,
     "num_guide_iterations": 800,
-    # Few steps need few of the rows; what they take is lost at many.
-    "steps": (4, 16, 64),
+    "steps": (1, 2, 4, 8, 16, 32, 64),
     "warmup": 200,
     "precision": "bfloat16",
 }
