@@ -388,9 +388,10 @@ class Run:
         return content
 
     def finish(self) -> None:
-        """Leave the averaged weights in the programs, and no gradients."""
+        """Leave the averaged weights in the programs."""
         self.elbo.iteration = self.iteration
-        self.optimizer.zero_grad(set_to_none=True)
+        if not self.processes.alone:  # theirs are views of the vector that was exchanged
+            self.optimizer.zero_grad(set_to_none=True)
         if self.average is not None:
             with torch.no_grad():
                 for parameter, average in zip(self.parameters, self.average, strict=True):
