@@ -164,7 +164,7 @@ def make_variants(
         model, guide = programs(pairs[2])
         try:
             traced = TracedLoss(elbo, model, guide, half=size.half)
-            update = Update(traced, optimiser(model, guide), None, None, x_0, kl_weight=1.0)
+            update = Update(traced, optimiser(model, guide), None, None, x_0)
         except NotOneGraphError as error:
             print(f"no graph: {error}", file=sys.stderr)
         else:

@@ -118,9 +118,7 @@ def training(point: Point, compiled: bool) -> dict[str, Callable[[], Any]]:
     if compiled and not point.codes:
         other, other_encoder = pair()
         program = models.VADD(other, prior), guides.AmortizedNormal(other_encoder)
-        update = Update(
-            TracedLoss(elbo, *program), optimiser(*program), None, None, x_0, kl_weight=1.0
-        )
+        update = Update(TracedLoss(elbo, *program), optimiser(*program), None, None, x_0)
         variants["compiled"] = lambda: update(x_0, 1.0, 0.0)
     return variants
 
