@@ -35,14 +35,13 @@ import pyro
 import torch
 from common import medians, processor
 from hand import normal_loss, optimiser, training_step
+from package import graph_step, program_step
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
 from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models
-from vadd_pyro.compiled import Update
 from vadd_pyro.compiled.graphs import NotOneGraphError
-from vadd_pyro.compiled.traced import TracedLoss
 from vadd_pyro.nn import MLPDecoder, MLPEncoder, TransformerDecoder, TransformerEncoder
 
 # Dense bfloat16 products, TFLOP/s, by a part of the device's name; the first that fits counts.
@@ -151,24 +150,17 @@ def make_variants(
         prior = models.StandardNormal(LATENT_DIM).to(device)
         return models.VADD(pair[0], prior), guides.AmortizedNormal(pair[1])
 
-    loss = elbo(*programs(pairs[1]))
     variants: dict[str, Callable[[], Any]] = {
         "hand": training_step(
             normal_loss(*pairs[0], size.vocab_size), optimiser(*pairs[0]), x_0, autocast=autocast
         ),
-        "package": training_step(
-            lambda rows: loss(rows) / len(rows), optimiser(loss), x_0, autocast=autocast
-        ),
+        "package": program_step(elbo, *programs(pairs[1]), x_0, autocast),
     }
     if compiled:
-        model, guide = programs(pairs[2])
         try:
-            traced = TracedLoss(elbo, model, guide, half=size.half)
-            update = Update(traced, optimiser(model, guide), None, None, x_0)
+            variants["compiled"] = graph_step(elbo, *programs(pairs[2]), x_0, size.half)
         except NotOneGraphError as error:
             print(f"no graph: {error}", file=sys.stderr)
-        else:
-            variants["compiled"] = lambda: update(x_0, 1.0, 0.0)
     return variants
 
 

@@ -30,6 +30,7 @@ from hand import code_loss, normal_loss, optimiser, training_step
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
+from package import graph_step, program_step
 from sampling import Bare, naive_sampler
 from torch import Tensor, nn
 
@@ -41,8 +42,6 @@ from vadd_pyro import (
     models,
     sample,
 )
-from vadd_pyro.compiled import Update
-from vadd_pyro.compiled.traced import TracedLoss
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
 from vadd_pyro.plotting import save_figure
 from vadd_pyro.plotting.style import COLORS, INK, LINES, MARKERS, SMALL, frame
@@ -110,16 +109,14 @@ def training(point: Point, compiled: bool) -> dict[str, Callable[[], Any]]:
         loss_of = normal_loss(own, own_encoder, point.tokens, point.particles)
         adam = optimiser(own, own_encoder)
         model, guide = models.VADD(decoder, prior), guides.AmortizedNormal(encoder)
-    loss = elbo(model, guide)
     variants: dict[str, Callable[[], Any]] = {
         "hand": training_step(loss_of, adam, x_0),
-        "package": training_step(lambda rows: loss(rows) / len(rows), optimiser(loss), x_0),
+        "package": program_step(elbo, model, guide, x_0),
     }
     if compiled and not point.codes:
         other, other_encoder = pair()
         program = models.VADD(other, prior), guides.AmortizedNormal(other_encoder)
-        update = Update(TracedLoss(elbo, *program), optimiser(*program), None, None, x_0)
-        variants["compiled"] = lambda: update(x_0, 1.0, 0.0)
+        variants["compiled"] = graph_step(elbo, *program, x_0)
     return variants
 
 

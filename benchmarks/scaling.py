@@ -67,7 +67,8 @@ def job(name: str) -> Job:
         rows = torch.randint(2, (2000, 784), dtype=torch.uint8)
         data = DataSet("random", rows, rows[:10], rows[:10], 2, shape=(28, 28))
         pair = build(settings, data)
-        elbo = MaskedDiffusionELBO(data.process(), times=zoo.times_named(settings.times))
+        times = zoo.times_named(settings.times, settings.steps)
+        elbo = MaskedDiffusionELBO(data.process(), times=times)
         return Job(*pair[:2], elbo, rows.long(), settings.batch_size, settings.precision)
     size = SPEED_SIZES[name]
     process = MaskingProcess(size.vocab_size, size.length)

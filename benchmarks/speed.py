@@ -26,11 +26,10 @@ import pyro.distributions as dist
 import torch
 from common import SIZES, TARGETS, Size, medians
 from hand import normal_loss, optimiser, training_step
+from package import graph_step, program_step
 from torch import Tensor, nn
 
 from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models
-from vadd_pyro.compiled import Update
-from vadd_pyro.compiled.traced import TracedLoss
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
 
 
@@ -111,37 +110,12 @@ class UserGuide(nn.Module):
             pyro.sample("z", dist.Normal(z_loc, z_scale).to_event(1))
 
 
-def ours(
-    model: nn.Module, guide: nn.Module, process: MaskingProcess, x_0: Tensor
-) -> Callable[[], None]:
-    loss_of = MaskedDiffusionELBO(process)(model, guide)
-    adam = optimiser(loss_of)
-    rows = len(x_0)
-
-    def step() -> None:
-        loss = loss_of(x_0) / rows
-        adam.zero_grad(set_to_none=True)
-        loss.backward()
-        adam.step()
-
-    return step
-
-
 def by_hand(
     size: Size, pair: tuple[nn.Module, nn.Module], x_0: Tensor, compiled: bool = False
 ) -> Callable[[], None]:
     """The yardstick, as it stands or under ``torch.compile``."""
     loss_of = normal_loss(*pair, size.vocab_size)
     return training_step(loss_of, optimiser(*pair), x_0, compiled=compiled)
-
-
-def compiled(
-    model: nn.Module, guide: nn.Module, process: MaskingProcess, x_0: Tensor
-) -> Callable[[], Any]:
-    """The whole update as one graph, as ``fit(compile=True)`` runs it."""
-    loss = TracedLoss(MaskedDiffusionELBO(process), model, guide)
-    update = Update(loss, optimiser(model, guide), None, None, x_0)
-    return lambda: update(x_0, 1.0, 0.0)
 
 
 def numpyro_step(size: Size, networks: Any, x_0: Tensor) -> Callable[[], Any] | None:
@@ -162,18 +136,18 @@ def time_training(name: str, rounds: int) -> dict[str, float]:
     decoder, encoder = networks(size, process)
     pairs = [copy.deepcopy((decoder, encoder)) for _ in range(6)]
     prior = models.StandardNormal(size.latent_dim)
+    elbo = MaskedDiffusionELBO(process)
+
+    def programs(pair: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:
+        return models.VADD(pair[0], prior), guides.AmortizedNormal(pair[1])
+
+    user = UserModel(pairs[1][0], size.latent_dim), UserGuide(pairs[1][1])
     variants: dict[str, Callable[[], Any]] = {
         "yardstick": by_hand(size, pairs[0], x_0),
         "yardstick compiled": by_hand(size, pairs[5], x_0, compiled=True),
-        "user": ours(
-            UserModel(pairs[1][0], size.latent_dim), UserGuide(pairs[1][1]), process, x_0
-        ),
-        "package": ours(
-            models.VADD(pairs[2][0], prior), guides.AmortizedNormal(pairs[2][1]), process, x_0
-        ),
-        "compiled": compiled(
-            models.VADD(pairs[3][0], prior), guides.AmortizedNormal(pairs[3][1]), process, x_0
-        ),
+        "user": program_step(elbo, *user, x_0),
+        "package": program_step(elbo, *programs(pairs[2]), x_0),
+        "compiled": graph_step(elbo, *programs(pairs[3]), x_0),
     }
     other = numpyro_step(size, pairs[4], x_0)
     if other is not None:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import copy
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -234,8 +234,13 @@ def build(
     return Pair(model, fitted, 2000 if summed else 4000)
 
 
-def times_named(name: str) -> TimeDistribution:
-    """A distribution of times by its name, a key of :data:`TIMES`."""
+def times_named(name: str, steps: Sequence[int] | None = None) -> TimeDistribution:
+    """A distribution of times by its name.
+
+    Args:
+        name: a key of :data:`TIMES`.
+        steps: the numbers of steps whose states ``"part_targets"`` takes; its own by default.
+    """
     check("times", name)
     makers: dict[str, Callable[[], TimeDistribution]] = {
         "uniform": UniformTimes,
@@ -244,7 +249,7 @@ def times_named(name: str) -> TimeDistribution:
         "atom_uniform": lambda: AtomTimes(0.3),
         "grid": lambda: GridTimes(_STEPS),
         "few_step": FewStepTimes,
-        "part_targets": PartTargets,
+        "part_targets": lambda: PartTargets(None if steps is None else GridTimes(steps)),
     }
     return makers[name]()
 

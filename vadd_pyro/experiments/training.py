@@ -26,7 +26,7 @@ from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.experiments.settings import Settings
 from vadd_pyro.experiments.store import Experiment, build, check_folder, load_data, save
 from vadd_pyro.locks import locked_folder
-from vadd_pyro.times import GridTimes, PartTargets
+from vadd_pyro.times import GridTimes
 from vadd_pyro.training import History, fit, fit_guide
 from vadd_pyro.zoo import Pair, times_named
 
@@ -42,17 +42,15 @@ class _Stage(NamedTuple):
 
 
 def _stages(settings: Settings, data: DataSet) -> list[_Stage]:
-    process, grids = data.process(), GridTimes(list(settings.steps))
-    # What the states of a grid are is told by the numbers of steps that the run is for.
-    times = PartTargets(grids) if settings.times == "part_targets" else times_named(settings.times)
+    process = data.process()
     annealed = settings.model == "vadd" and round(settings.annealing * settings.num_iterations)
     delbo = MaskedDiffusionELBO(
         process,
-        times=times,
+        times=times_named(settings.times, settings.steps),
         kl_weight=LinearAnnealing(annealed, start=0.001) if annealed else 1.0,
         free_bits=settings.free_bits if settings.model == "vadd" else 0.0,
     )
-    chain = MaskedDiffusionELBO(process, "chain", times=grids)
+    chain = MaskedDiffusionELBO(process, "chain", times=GridTimes(settings.steps))
     rate = settings.learning_rate
     return [
         _Stage("model", delbo, settings.num_iterations, rate, fit),
