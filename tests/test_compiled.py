@@ -37,7 +37,7 @@ from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.networks import compiled_networks, silent_networks
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
 from vadd_pyro.compiled.update import UpdateResult
-from vadd_pyro.nn import MLPDecoder, MLPEncoder
+from vadd_pyro.nn import MLPDecoder, MLPEncoder, TransformerDecoder, TransformerEncoder
 from vadd_pyro.times import BalancedTimes, PartTargets
 
 PROCESS = MaskingProcess(3, 4)
@@ -121,6 +121,41 @@ def test_a_compiled_run_is_the_same_run():
 )
 def test_so_it_is_for_other_latents_times_and_bounds(prior, elbo):
     assert_equal(both(elbo, prior, clip_norm=None))
+
+
+def test_a_transformer_in_half_precision_is_one_graph():
+    """Sums over the same bfloat16 gradient are more than torch 2.13's code generator can take."""
+
+    def run(compiled):
+        torch.manual_seed(1)
+        sizes = dict(hidden_dim=32, num_layers=1, num_heads=2)
+        decoder = TransformerDecoder(PROCESS, 2, **sizes)
+        guide = guides.AmortizedNormal(TransformerEncoder(PROCESS, 2, **sizes))
+        model = models.VADD(decoder, models.StandardNormal(2))
+        options = OPTIONS | dict(compile=compiled, precision="bfloat16")
+        return fit(model, guide, annealed(), X, 4, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        found = run(True)
+    assert found.loss == pytest.approx(run(False).loss, rel=0.01)
+
+
+def test_equal_sums_are_copies_and_what_is_written_in_between_is_not_forgotten():
+    def sums(x):
+        first, second = x.sum(0), x.sum(0)
+        x.add_(1)
+        return first, second, x.sum(0)
+
+    x = torch.arange(6.0).view(3, 2)
+    graph = graphs_module.capture(sums, [x])
+    graphs_module.sum_once(graph)
+    first, second, third = graph(x.clone())
+    assert first.equal(x.sum(0))
+    assert second.equal(first)
+    assert third.equal(x.sum(0) + 3)
+    assert first.data_ptr() != second.data_ptr()
+    assert [str(node.target) for node in graph.graph.nodes].count("aten.sum.dim_IntList") == 2
 
 
 def test_weight_decay_by_groups():

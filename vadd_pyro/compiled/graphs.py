@@ -21,10 +21,11 @@ import numpy as np
 import pyro
 import torch
 from torch import Tensor, nn, no_grad
-from torch.fx import GraphModule
+from torch._ops import OpOverload
+from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["NotOneGraphError", "capture", "compile_graph", "first_line"]
+__all__ = ["NotOneGraphError", "capture", "compile_graph", "first_line", "sum_once"]
 
 _LOOKS = {
     "__bool__": "bool() or a condition (if, while, assert, and, or)",
@@ -143,6 +144,26 @@ def _reason(error: Exception, look: str = "") -> str:
     return first_line(error)
 
 
+def sum_once(graph: GraphModule) -> None:
+    """Have equal sums of a graph computed once, and copied.
+
+    Inductor (torch 2.13) makes one loop of sums over the same half-precision tensor, such as the
+    gradients of two biases that are added, and declares a variable twice in it.
+    """
+    aten = torch.ops.aten
+    seen: dict[str, Node] = {}
+    for node in graph.graph.nodes:
+        if node.op != "call_function" or not isinstance(node.target, OpOverload):
+            continue
+        if node.target._schema.is_mutable:
+            seen = {}  # what was summed may have changed
+        elif node.target is aten.sum.dim_IntList:
+            first = seen.setdefault(f"{node.args} {node.kwargs}", node)
+            if first is not node:
+                node.target, node.args, node.kwargs = aten.clone.default, (first,), {}
+    graph.recompile()
+
+
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Machine code for a graph, of the same random numbers as torch's own operations.
 
@@ -161,6 +182,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
     import torch._inductor.config
 
     examples: list[Any] = [value.clone() for value in inputs]
+    sum_once(graph)
     try:
         with (
             torch._inductor.config.patch(fallback_random=True),
