@@ -551,6 +551,22 @@ def test_a_run_holds_neither_its_first_rows_nor_the_gradient_of_the_graph(interp
     assert all(p.grad is None for p in [*model.parameters(), *guide.parameters()])
 
 
+def test_half_precision_may_differ_by_what_rounding_does_to_the_programs():
+    def found(gradient, loss=1.0):
+        numbers = {"w": torch.tensor([gradient, 0.0, 0.0, 0.0]), "v": torch.tensor([1.0])}
+        return Differentiated(torch.tensor(loss), torch.tensor(0.0), numbers)
+
+    half, exact = found(0.4), found(0.45)
+    with pytest.raises(NotOneGraphError, match="gradient of w differs"):
+        check_agreement(found(0.5), half, 0.05)
+    assert check_agreement(found(0.5), half, 0.05, exact)
+    for wrong in (0.7, 0.1):
+        with pytest.raises(NotOneGraphError, match="gradient of w differs"):
+            check_agreement(found(wrong), half, 0.05, exact)
+    with pytest.raises(NotOneGraphError, match="its loss is"):
+        check_agreement(found(0.5, 1.2), half, 0.05, exact)
+
+
 def test_a_small_gradient_that_is_wrong_does_not_hide_behind_a_large_one():
     torch.manual_seed(0)
     gradients = {"weight": 100 * torch.randn(50, 50), "bias": 0.05 * torch.randn(3)}
