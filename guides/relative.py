@@ -31,7 +31,7 @@ from torch.nn.functional import softplus
 
 from vadd_pyro.distributions import DiagonalNormal
 from vadd_pyro.guides.features import Features, Head
-from vadd_pyro.process import MaskedBatch, check_size
+from vadd_pyro.process import MaskedBatch, check_size, check_time
 from vadd_pyro.programs import Program, check_callable
 
 __all__ = ["RelativeNormal"]
@@ -50,16 +50,23 @@ class RelativeNormal(Program):
             :class:`vadd_pyro.models.ConditionalNormal`. Its parameters are shared with the model
             and trained by both; :func:`vadd_pyro.fit_guide` takes ``copy.deepcopy(guide)``, which
             has its own.
+        least_time: the model's, if it does without the latent in steps from earlier times: there
+            the guide is the prior.
     """
 
     def __init__(
-        self, features: Features, latent_dim: int, prior: Callable[[MaskedBatch], Any]
+        self,
+        features: Features,
+        latent_dim: int,
+        prior: Callable[[MaskedBatch], Any],
+        least_time: float = 0.0,
     ) -> None:
         super().__init__()
         check_size("latent_dim", latent_dim)
         check_callable("prior", prior)
         self.latent_dim = latent_dim
         self.prior = prior
+        self.least_time = check_time("least_time", least_time)
         self.head = Head(features, 2 * latent_dim, gain=2.0)
         with torch.no_grad():
             self.head.linear.bias[latent_dim:] = _START
@@ -69,6 +76,8 @@ class RelativeNormal(Program):
         tau = softplus(raw)
         masked = batch.masked.sum(-1, keepdim=True).clamp_min(1)
         share = batch.target.sum(-1, keepdim=True) / masked
+        if self.least_time > 0:
+            share = share * (batch.t >= self.least_time).unsqueeze(-1)
         precision = 1 + share * tau
         with pyro.plate("data", len(batch), dim=-1):
             law = self.prior(batch)

@@ -18,7 +18,7 @@ import pyro
 from torch import Tensor
 
 from vadd_pyro.distributions import TokenCategorical
-from vadd_pyro.process import MaskedBatch
+from vadd_pyro.process import MaskedBatch, check_time
 from vadd_pyro.programs import Program, check_callable, draw_latent
 
 __all__ = ["MDM", "VADD"]
@@ -34,6 +34,12 @@ class VADD(Program):
             ``"z"`` is drawn, or it is a Pyro program of its own, with sites of its own, that
             returns the decoder's ``z``. It may read ``batch.x_t`` and ``batch.t``, never ``x_0``
             or ``target``.
+        least_time: steps from earlier times, in which something is visible already, do without
+            the latent: there the decoder is given zeros in its place, whatever was drawn. A prior
+            that does not see ``x_t`` is of little use but at ``t = 1``, and a nuisance where a
+            step reveals little; with ``least_time=1`` a latent coordinates what the first step
+            writes, and all further steps are those of a masked diffusion model. Guides
+            (:class:`vadd_pyro.guides.RelativeNormal`) and the loss should be told the same.
 
     Sites: ``"z"`` (or the prior's own) and ``"x_0"``, ``(B, D)``, scored at ``batch.target``,
     observed as ``batch.x_0``.
@@ -44,17 +50,24 @@ class VADD(Program):
     """
 
     def __init__(
-        self, decoder: Callable[..., Tensor], prior: Callable[[MaskedBatch], Any]
+        self,
+        decoder: Callable[..., Tensor],
+        prior: Callable[[MaskedBatch], Any],
+        least_time: float = 0.0,
     ) -> None:
         super().__init__()
         check_callable("decoder", decoder)
         check_callable("prior", prior)
         self.decoder = decoder
         self.prior = prior
+        self.least_time = check_time("least_time", least_time)
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         with pyro.plate("data", len(batch), dim=-1):
-            law = self._tokens(batch, draw_latent(self.prior, batch))
+            z = draw_latent(self.prior, batch)
+            if self.least_time > 0:
+                z = z * (batch.t >= self.least_time).unsqueeze(-1)
+            law = self._tokens(batch, z)
             return pyro.sample("x_0", law, obs=batch.x_0)
 
     def _tokens(self, batch: MaskedBatch, z: Tensor) -> TokenCategorical:

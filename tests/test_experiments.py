@@ -121,6 +121,7 @@ def test_hub_sets_are_named_where_others_have_a_path(monkeypatch):
         ({"steps": ()}, "steps must hold at least one"),
         ({"annealing": 2.0}, "annealing must be a share"),
         ({"free_bits": -1.0}, "free_bits must not be negative"),
+        ({"least_time": 2.0}, r"least_time must be a time in \[0, 1\], got 2.0"),
     ],
 )
 def test_bad_settings_are_named(arguments, message):
@@ -162,6 +163,24 @@ def test_weights_are_a_function_of_the_settings(folder):
     assert all(torch.equal(first[n], second[n]) for n in first)
     other = build(table(folder, seed=1), loaded).model.state_dict()
     assert any(not torch.equal(first[n], other[n]) for n in first)
+
+
+def test_a_run_whose_latent_is_that_of_the_first_step_alone(folder, tmp_path):
+    options: dict = dict(prior="standard_normal", latent_dim=2, least_time=1.0)
+    with pytest.raises(ValueError, match=r"least_time = 1\.0 needs guide 'relative'"):
+        build(table(folder, guide="mean_field", **options), load_data(table(folder)))
+    settings = table(folder, guide="relative", num_iterations=6, num_chain_iterations=4, **options)
+    run = experiments.train(settings, tmp_path / "run", progress=False)
+    again = experiments.load(tmp_path / "run")
+    for found in (run, again):
+        assert found.model.least_time == found.guide.least_time == 1.0
+    # Codes that are summed out ask nothing of a guide, and a model without latent ignores it.
+    options = dict(options, prior="conditional_categorical", num_codes=3)
+    assert build(table(folder, **options), load_data(settings)).model.least_time == 1.0
+    mdm = experiments.train(
+        table(folder, model="mdm", **options), tmp_path / "mdm", progress=False
+    )
+    assert not hasattr(mdm.model, "least_time")
 
 
 @pytest.mark.parametrize("fails_in", ["fit", "fit_guide"])

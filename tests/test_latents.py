@@ -21,6 +21,7 @@ from vadd_pyro import (
     LinearAnnealing,
     MaskedDiffusionELBO,
     MaskingProcess,
+    exact_bound,
     exact_distribution,
     exact_distributions,
     fit,
@@ -610,6 +611,64 @@ def test_relative_normal_trains_with_its_model_and_its_copy_alone():
     bound = log_likelihood_bound(model, guide, PROCESS, rows[:20], 1, num_particles=64, seed=0)
     gap = law[tuple(rows[:20].T)].log().mean() - bound.value.mean()
     assert -0.05 < float(gap) < 0.2
+
+
+def test_a_latent_of_the_first_step_alone():
+    prior = models.StandardNormal(2)
+    torch.manual_seed(3)
+    decoder = MLPDecoder(PROCESS, 2, **SIZES)
+    torch.nn.init.normal_(decoder.head.weight)
+    model = models.VADD(decoder, prior, least_time=1.0)
+    guide = guides.RelativeNormal(MLPFeatures(PROCESS, **SIZES), 2, prior, least_time=1.0)
+
+    # Where something may be visible the guide is the prior, and the decoder is given zeros.
+    tokens = trace(model).get_trace(BATCH).nodes["x_0"]["fn"]
+    torch.testing.assert_close(tokens.logits, decoder(BATCH.x_t, torch.zeros(9, 2), BATCH.t))
+    r = trace(guide).get_trace(BATCH).nodes["z"]["fn"]
+    assert (r.loc == 0).all()
+    assert (r.scale == 1).all()
+    first = trace(guide).get_trace(chain_batch(1.0)).nodes["z"]["fn"]
+    assert (first.loc != 0).all()
+
+    # The law of two steps is that of a first step with the latent and a second one without.
+    law = exact_distribution(model, PROCESS, num_steps=2, num_draws=2**12)
+    joint = exact_distribution(model, PROCESS, num_steps=1, num_draws=2**12)
+    zero = torch.zeros(1, 2)
+
+    def second(given, position):
+        x = torch.tensor([given])
+        logits = decoder(x, zero, torch.tensor([0.5]))[0, position]
+        return logits.double().softmax(-1)
+
+    expected = joint / 4 + torch.outer(second([3, 3], 0), second([3, 3], 1)) / 4
+    for j in (0, 1):
+        one = joint.sum(1 - j)
+        for k in range(3):
+            other = second([k, 3] if j == 0 else [3, k], 1 - j)
+            row = one[k] * other / 4
+            if j == 0:
+                expected[k] += row
+            else:
+                expected[:, k] += row
+    torch.testing.assert_close(law, expected, rtol=1e-4, atol=1e-6)
+
+    # The bound says the same as the integral.
+    rows = all_rows(3, 2)
+    found = log_likelihood_bound(
+        model, guide, PROCESS, rows, 2, num_particles=256, num_draws=400, seed=0
+    )
+    wanted = exact_bound(model, PROCESS, 2, num_draws=2**12).flatten()
+    assert ((found.value - wanted) < 4.5 * found.stderr).all()
+    assert float((found.value - wanted).abs().max()) < 0.06  # by a guide that is not trained
+
+
+def test_least_time_is_a_time_and_a_time_alone():
+    decoder = MLPDecoder(PROCESS, 2, **SIZES)
+    for wrong in (1.5, -0.1, True, None):
+        with pytest.raises(ValueError, match=r"least_time must be a time in \[0, 1\], got"):
+            models.VADD(decoder, models.StandardNormal(2), least_time=wrong)
+        with pytest.raises(ValueError, match=r"least_time must be a time in \[0, 1\], got"):
+            MaskedDiffusionELBO(PROCESS, least_time=wrong)
 
 
 def test_relative_normal_is_offered_where_it_fits_and_refused_where_it_does_not():

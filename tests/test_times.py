@@ -148,6 +148,31 @@ def test_part_targets_mixes_the_delbo_with_the_bounds_of_its_grid(share):
     assert (bound.draw(torch.zeros((8, 6), dtype=torch.long)).weight == 4).all()
 
 
+@pytest.mark.parametrize("objective", ["delbo", "chain"])
+def test_steps_without_a_latent_score_all_that_is_masked_the_same_in_expectation(objective):
+    """For a model whose logits depend on what is visible, as one without latent has."""
+    process = MaskingProcess(2, 4)
+    grid = GridTimes(4)
+    options = dict(times=PartTargets(grid) if objective == "delbo" else grid)
+    value = torch.tensor([0.3, 1.0, 2.0, 5.0])  # of each position, times what is visible
+    x = torch.zeros((N, 4), dtype=torch.long)
+
+    def terms(least_time):
+        torch.manual_seed(0)
+        elbo = MaskedDiffusionELBO(process, objective, least_time=least_time, **options)
+        batch = elbo.draw(x)
+        seen = 1 + (~batch.masked).sum(-1, keepdim=True)
+        return batch, batch.weight * (batch.target * value * seen).sum(-1)
+
+    (batch, whole), (_, parts) = terms(1.0), terms(0.0)
+    later = batch.t < 1
+    assert (batch.target == batch.masked)[later].all()
+    assert not (batch.target == batch.masked)[~later].all()
+    error = (whole.var() / N + parts.var() / N).sqrt()
+    assert float(whole.mean()) == pytest.approx(float(parts.mean()), abs=4 * float(error))
+    assert float(whole[later].var()) < 0.95 * float(parts[later].var())
+
+
 def test_part_targets_need_a_grid_and_a_probability():
     with pytest.raises(TypeError, match="grid must be GridTimes or FewStepTimes, got Uniform"):
         PartTargets(UniformTimes())

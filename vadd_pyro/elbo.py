@@ -50,11 +50,11 @@ from torch import Tensor
 from vadd_pyro.annealing import LinearAnnealing
 from vadd_pyro.densities import RowTerms, score
 from vadd_pyro.estimators import DoublyReparameterized, check_estimator
-from vadd_pyro.process import MaskedBatch, MaskingProcess
+from vadd_pyro.process import MaskedBatch, MaskingProcess, check_time
 from vadd_pyro.programs import Program, check_store, modules_of, register_parameters
 from vadd_pyro.recorder import Recorder, run
 from vadd_pyro.sites import PARTICLES, check_fit, check_pair, check_tokens_site
-from vadd_pyro.times import GridTimes, TimeDistribution, UniformTimes
+from vadd_pyro.times import GridTimes, TimeDistribution, UniformTimes, corrupt_at
 
 __all__ = ["LinearAnnealing", "LossTerms", "MaskedDiffusionELBO"]
 
@@ -104,6 +104,8 @@ class MaskedDiffusionELBO(ELBO):
         free_bits: nats of each latent dimension that cost nothing (Kingma et al. 2016), a
             dimension being given up to that much before its KL counts; whole sites, or all that
             is estimated by draws, are compared with as much for each of their dimensions.
+        least_time: the model's, if it does without its latent in steps from earlier times: all
+            that is masked is scored there, the same in expectation as what the step reveals.
         vectorize_particles: lay particles out along a plate of their own; False loops, for
             programs that do not broadcast.
         closed_form_kl: use closed-form KL divergences where that is exact: one particle, and a
@@ -129,6 +131,7 @@ class MaskedDiffusionELBO(ELBO):
         doubly_reparameterized: bool = False,
         renyi_alpha: float | None = None,
         free_bits: float = 0.0,
+        least_time: float = 0.0,
         vectorize_particles: bool = True,
         closed_form_kl: bool = True,
         max_plate_nesting: int = 1,
@@ -175,6 +178,7 @@ class MaskedDiffusionELBO(ELBO):
         self.doubly_reparameterized = doubly_reparameterized
         self.renyi_alpha = renyi_alpha
         self.free_bits = free_bits
+        self.least_time = check_time("least_time", least_time)
         self.vectorize_particles = vectorize_particles
         self.closed_form_kl = closed_form_kl
         self.row_plates = max_plate_nesting
@@ -204,19 +208,14 @@ class MaskedDiffusionELBO(ELBO):
         x_0 = self.process.check_tokens(
             x_0, values=is_validation_enabled() if check is None else check
         )
-        t, weight, s, at_least_one, parts = self.times.draw(self.process, len(x_0), x_0.device)
-        if self.objective == "chain":
-            if s is None:
-                raise ValueError(
-                    f"objective='chain' scores the steps of a grid, but times is {self.times}: "
-                    "use GridTimes"
-                )
-            return self.process.corrupt(x_0, t, s, weight=weight)
-        if s is not None:
-            whole = weight * self.process.schedule.rho(s, t)
-            weight = whole if parts is None else weight.where(parts, whole)
-            s = None if parts is None else s.masked_fill(~parts, 0.0)
-        return self.process.corrupt(x_0, t, s, weight=weight, at_least_one=at_least_one)
+        draw = self.times.draw(self.process, len(x_0), x_0.device)
+        steps = self.objective == "chain"
+        if steps and draw.s is None:
+            raise ValueError(
+                f"objective='chain' scores the steps of a grid, but times is {self.times}: use "
+                "GridTimes"
+            )
+        return corrupt_at(self.process, x_0, draw, steps=steps, least_time=self.least_time)
 
     def score(
         self, model: StepProgram, guide: StepProgram, batch: MaskedBatch, *args: Any, **kwargs: Any

@@ -298,6 +298,17 @@ def check_size(name: str, value: int, least: int = 1) -> None:
         raise ValueError(f"{name} must be an integer of at least {least}, got {value!r}")
 
 
+def check_time(name: str, value: float) -> float:
+    """Check that an argument is a time in ``[0, 1]``, and return it as a float.
+
+    Raises:
+        ValueError: naming the argument and its value.
+    """
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= 1:
+        raise ValueError(f"{name} must be a time in [0, 1], got {value!r}")
+    return float(value)
+
+
 def make_time_grid(num_steps: int | None = None, time_grid: Tensor | None = None) -> Tensor:
     """The grid ``0 = t_0 < ... < t_T = 1`` of a T-step sampler, ``(T + 1,)`` in double precision.
 

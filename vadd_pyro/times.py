@@ -33,7 +33,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vadd_pyro.process import MaskingProcess, check_size, make_time_grid
+from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
 
 __all__ = [
     "AtomTimes",
@@ -64,6 +64,38 @@ class TimeDraw(NamedTuple):
     s: Tensor | None = None
     at_least_one: bool = False
     parts: Tensor | None = None
+
+
+def corrupt_at(
+    process: MaskingProcess,
+    x_0: Tensor,
+    draw: TimeDraw,
+    *,
+    steps: bool = False,
+    least_time: float = 0.0,
+) -> MaskedBatch:
+    """Mask rows at the times of a draw, with the weights and targets of an objective.
+
+    Args:
+        process: the forward process.
+        x_0: clean tokens, ``(B, D)``.
+        draw: their times.
+        steps: score what steps reveal, for the T-step bound, not all that is masked.
+        least_time: steps from earlier times have no latent. What such a step reveals is
+            independent given the state, so that all that is masked is scored, times ``rho``: the
+            same in expectation, of less variance.
+    """
+    t, weight, s, at_least_one, parts = draw
+    if s is None:
+        return process.corrupt(x_0, t, weight=weight, at_least_one=at_least_one)
+    if steps:
+        parts = torch.ones_like(t, dtype=torch.bool)
+    if parts is not None and least_time > 0:
+        parts = parts & (t >= least_time)
+    whole = weight * process.schedule.rho(s, t)
+    if parts is None:
+        return process.corrupt(x_0, t, weight=whole)
+    return process.corrupt(x_0, t, s.masked_fill(~parts, 0.0), weight=weight.where(parts, whole))
 
 
 def lattice(num_rows: int, device: torch.device) -> Tensor:

@@ -180,6 +180,7 @@ def build(
     num_codes: int = 64,
     hidden_dim: int | None = None,
     networks: Networks | None = None,
+    least_time: float = 0.0,
 ) -> Pair:
     """A model with a prior of the zoo and a guide that fits it.
 
@@ -192,6 +193,7 @@ def build(
         hidden_dim: width of the default networks, 128 if omitted.
         networks: all that model and guide are made of; :class:`~vadd_pyro.nn.MLPNetworks` by
             default.
+        least_time: steps from earlier times have no latent, see :class:`vadd_pyro.models.VADD`.
 
     Raises:
         ValueError: for names that lead nowhere, for networks of another process, and for a pair
@@ -216,7 +218,7 @@ def build(
         fitting = guides.families_for(law, features)
         summed = fitting[:1] == ("none",) and family in (None, "none")
     decoder = networks.decoder(_latent_size(law, process), summed=summed)
-    model = models.VADD(decoder, law)
+    model = models.VADD(decoder, law, least_time)
     if guide not in GUIDES:
         offered: dict[str, Callable[[], Any]] = {
             "process": lambda: process,
@@ -231,6 +233,13 @@ def build(
     if family == "semi_amortized":
         options = {"model": model, "elbo": MaskedDiffusionELBO(process)}
     fitted = guides.for_prior(law, features, family, **options)
+    if isinstance(fitted, guides.RelativeNormal):
+        fitted.least_time = model.least_time
+    elif model.least_time and not summed:
+        raise ValueError(
+            f"least_time = {least_time} needs guide 'relative', which knows what the prior is "
+            f"where there is no latent, or a latent that is summed out; got {guide!r}"
+        )
     return Pair(model, fitted, 2000 if summed else 4000)
 
 

@@ -8,7 +8,7 @@ from dataclasses import asdict, dataclass, field, fields
 from typing import Any
 
 from vadd_pyro.names import BACKBONES, DATA_SETS, MODELS, PRECISIONS, PRIORS, check
-from vadd_pyro.process import check_size
+from vadd_pyro.process import check_size, check_time
 
 __all__ = ["Settings"]
 
@@ -26,6 +26,8 @@ class Settings:
             ``"mdm"``.
         latent_dim: size of a continuous latent.
         num_codes: number of codes of a categorical one.
+        least_time: steps from earlier times have no latent (:class:`vadd_pyro.models.VADD`);
+            needs the guide ``"relative"``, or a latent that is summed out.
         backbone: ``"mlp"``, ``"residual"``, ``"pixel"``, ``"unet"`` or ``"transformer"``.
         sizes: arguments of its networks, see :mod:`vadd_pyro.nn.networks`.
         times: where training looks, a key of :data:`vadd_pyro.names.TIMES`; ``"part_targets"``
@@ -61,6 +63,7 @@ class Settings:
     guide: str = "auto"
     latent_dim: int = 16
     num_codes: int = 64
+    least_time: float = 0.0
     backbone: str = "residual"
     sizes: Mapping[str, Any] = field(default_factory=dict)
     times: str = "few_step"
@@ -107,6 +110,7 @@ class Settings:
         check("priors", self.prior)
         check("guides", self.guide)
         check("times", self.times)
+        check_time("least_time", self.least_time)
         for name in ("latent_dim", "num_codes", "num_iterations", "batch_size"):
             check_size(name, getattr(self, name))
         for name in ("num_chain_iterations", "num_guide_iterations", "warmup", "seed"):
@@ -149,7 +153,7 @@ class Settings:
         """Names of the settings that differ from stored ones."""
         own = self.to_dict()
         # What did not exist yet when a run was made was as it is now by default.
-        unsaid = {"compile": False, "free_bits": 0.0}
+        unsaid = {"compile": False, "free_bits": 0.0, "least_time": 0.0}
         known = {**unsaid, **other}
         return [name for name in own if own[name] != known.get(name, object())]
 

@@ -43,14 +43,18 @@ class _Stage(NamedTuple):
 
 def _stages(settings: Settings, data: DataSet) -> list[_Stage]:
     process = data.process()
+    least_time = settings.least_time if settings.model == "vadd" else 0.0
     annealed = settings.model == "vadd" and round(settings.annealing * settings.num_iterations)
     delbo = MaskedDiffusionELBO(
         process,
         times=times_named(settings.times, settings.steps),
         kl_weight=LinearAnnealing(annealed, start=0.001) if annealed else 1.0,
         free_bits=settings.free_bits if settings.model == "vadd" else 0.0,
+        least_time=least_time,
     )
-    chain = MaskedDiffusionELBO(process, "chain", times=GridTimes(settings.steps))
+    chain = MaskedDiffusionELBO(
+        process, "chain", times=GridTimes(settings.steps), least_time=least_time
+    )
     rate = settings.learning_rate
     return [
         _Stage("model", delbo, settings.num_iterations, rate, fit),
