@@ -30,6 +30,9 @@ SIZES: dict[str, dict[str, Any]] = {
         shape=(4, 4), hidden_dim=8, multipliers=(1, 2), num_blocks=1, num_heads=2, condition_dim=8
     ),
     "Transformer": dict(hidden_dim=16, num_layers=2, num_heads=2, condition_dim=8),
+    "LateTransformer": dict(
+        hidden_dim=16, num_layers=1, num_heads=2, condition_dim=8, latent_hidden_dim=8
+    ),
 }
 FAMILIES = pytest.mark.parametrize("family", SIZES)
 MLP: dict[str, Any] = dict(hidden_dim=16, num_layers=2, embedding_dim=4)
@@ -38,8 +41,9 @@ TIMES = pytest.mark.parametrize("timed", [False, True], ids=["no time", "time"])
 
 def fresh(family: str, part: str, *args: Any, process: Any = PROCESS, **options: Any) -> Any:
     """A small network as training starts it."""
-    if part != "Decoder" and family in ("Late", "Pixel"):
-        family = "Residual"  # whose recognition networks go with those decoders
+    if part != "Decoder":  # those of other families go with these decoders
+        others = {"Late": "Residual", "Pixel": "Residual", "LateTransformer": "Transformer"}
+        family = others.get(family, family)
     return getattr(backbones, family + part)(process, *args, **SIZES.get(family, MLP) | options)
 
 
@@ -62,7 +66,7 @@ def rows(number: int = 5, process: MaskingProcess = PROCESS) -> Any:
 
 @FAMILIES
 def test_all_tokens_are_equally_likely_before_training(family):
-    net = fresh(family, "Decoder", 0 if family == "Late" else 2)
+    net = fresh(family, "Decoder", 0 if family.startswith("Late") else 2)
     batch, z = rows(), torch.randn(5, 2) if net.latent_dim else None
     assert (net(batch.x_t, z, batch.t) == 0).all()
 

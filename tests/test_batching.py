@@ -16,7 +16,14 @@ from torch import nn
 from vadd_pyro import MaskingProcess, TokenCategorical, models, sample
 from vadd_pyro.batching import LiveBytes, rows_at_once
 from vadd_pyro.infilling import infill
-from vadd_pyro.nn import LateDecoder, MLPDecoder, ResidualDecoder, TransformerDecoder, UNetDecoder
+from vadd_pyro.nn import (
+    LateDecoder,
+    LateTransformerDecoder,
+    MLPDecoder,
+    ResidualDecoder,
+    TransformerDecoder,
+    UNetDecoder,
+)
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -130,6 +137,9 @@ def networks() -> dict[str, nn.Module]:
         "late": LateDecoder(process, 2, hidden_dim=8, num_blocks=1, latent_hidden_dim=4),
         "unet": UNetDecoder(process, 2, shape=(4, 4), hidden_dim=4, multipliers=(1,)),
         "transformer": TransformerDecoder(process, 2, hidden_dim=8, num_layers=1, num_heads=2),
+        "late transformer": LateTransformerDecoder(
+            process, 2, hidden_dim=8, num_layers=1, num_heads=2, latent_hidden_dim=4
+        ),
     }
 
 

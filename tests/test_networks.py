@@ -12,7 +12,13 @@ from torch import nn
 
 from vadd_pyro import MaskedBatch, MaskedDiffusionELBO, MaskingProcess, guides, models, sample, zoo
 from vadd_pyro import nn as backbones
-from vadd_pyro.nn import NETWORKS, LateDecoder, Networks, make_networks
+from vadd_pyro.nn import (
+    NETWORKS,
+    LateDecoder,
+    LateTransformerDecoder,
+    Networks,
+    make_networks,
+)
 from vadd_pyro.nn import networks as module
 
 PROCESS = MaskingProcess(3, 16)
@@ -206,6 +212,9 @@ def test_summed_codes_have_decoders_that_cost_less():
     residual = make("residual")
     assert isinstance(residual.decoder(2, summed=True), LateDecoder)
     assert not isinstance(residual.decoder(2), LateDecoder)
+    transformer = make("transformer")
+    assert isinstance(transformer.decoder(2, summed=True), LateTransformerDecoder)
+    assert not isinstance(transformer.decoder(2), LateTransformerDecoder)
     mlp = make("mlp")
     assert count(mlp.decoder(2, summed=True)) == count(mlp.decoder(2)) - 16 * 17
 

@@ -1,15 +1,16 @@
 """Network backbones: plain ``torch.nn`` modules that serve as decoder or encoder.
 
-============= ====================== ======================= ======================
-what for      decoder                features                encoder
-============= ====================== ======================= ======================
-toy densities ``MLPDecoder``         ``MLPFeatures``         ``MLPEncoder``
-tables        ``ResidualDecoder``    ``ResidualFeatures``    ``ResidualEncoder``
-tables, codes ``LateDecoder``        the same                the same
-images        ``UNetDecoder``        ``UNetFeatures``        ``UNetEncoder``
-small images  ``PixelDecoder``       ``ResidualFeatures``    ``ResidualEncoder``
-text          ``TransformerDecoder`` ``TransformerFeatures`` ``TransformerEncoder``
-============= ====================== ======================= ======================
+============= ========================== ======================= ======================
+what for      decoder                    features                encoder
+============= ========================== ======================= ======================
+toy densities ``MLPDecoder``             ``MLPFeatures``         ``MLPEncoder``
+tables        ``ResidualDecoder``        ``ResidualFeatures``    ``ResidualEncoder``
+tables, codes ``LateDecoder``            the same                the same
+images        ``UNetDecoder``            ``UNetFeatures``        ``UNetEncoder``
+small images  ``PixelDecoder``           ``ResidualFeatures``    ``ResidualEncoder``
+text          ``TransformerDecoder``     ``TransformerFeatures`` ``TransformerEncoder``
+text, codes   ``LateTransformerDecoder`` the same                the same
+============= ========================== ======================= ======================
 
 A decoder maps ``(x_t, z, t)`` to logits, features map a :class:`~vadd_pyro.MaskedBatch` to ``(B,
 F)``, an encoder to ``(z_loc, z_scale)``. ``State(features)`` are features of the state alone, for
@@ -18,6 +19,7 @@ that a model and its guide need of one backbone.
 """
 
 from vadd_pyro.nn.base import normal_parameters
+from vadd_pyro.nn.late import LateTransformerDecoder
 from vadd_pyro.nn.mlp import (
     MLPDecoder,
     MLPEncoder,
@@ -44,6 +46,7 @@ from vadd_pyro.nn.unet import UNetDecoder, UNetEncoder, UNetFeatures
 __all__ = [
     "NETWORKS",
     "LateDecoder",
+    "LateTransformerDecoder",
     "MLPDecoder",
     "MLPEncoder",
     "MLPFeatures",

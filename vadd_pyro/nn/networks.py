@@ -29,6 +29,7 @@ import torch
 from torch import nn
 
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder
+from vadd_pyro.nn.late import LateTransformerDecoder
 from vadd_pyro.nn.mlp import MLPDecoder, MLPFeatures, StateFeatures
 from vadd_pyro.nn.pixels import PixelDecoder
 from vadd_pyro.nn.residual import LateDecoder, ResidualDecoder, ResidualFeatures
@@ -295,14 +296,16 @@ class UNetNetworks(Networks):
 class TransformerNetworks(Networks):
     """Transformers, for text.
 
-    All codes of a latent that is summed out run through the whole decoder; the state has one block
-    fewer.
+    A latent that is summed out enters late (:class:`~vadd_pyro.nn.LateTransformerDecoder`); the
+    state has one block fewer.
 
     Args:
         process: gives vocabulary size and length.
         hidden_dim, num_layers, num_heads, expansion, condition_dim, position_embedding, dropout:
             as in :class:`~vadd_pyro.nn.TransformerDecoder`.
         time_conditioning: tell the decoder the time.
+        latent_hidden_dim, num_latent_blocks: as in
+            :class:`~vadd_pyro.nn.LateTransformerDecoder`.
     """
 
     hidden_dim: int = 256
@@ -313,12 +316,17 @@ class TransformerNetworks(Networks):
     time_conditioning: bool = True
     position_embedding: bool = True
     dropout: float = 0.0
+    latent_hidden_dim: int = 64
+    num_latent_blocks: int = 1
 
     def _shared(self, fewer: int) -> dict[str, Any]:
-        shared = {name: size for name, size in self.sizes.items() if name != "time_conditioning"}
+        own = ("time_conditioning", "latent_hidden_dim", "num_latent_blocks")
+        shared = {name: size for name, size in self.sizes.items() if name not in own}
         return shared | {"num_layers": _fewer(self.num_layers, fewer)}
 
     def decoder(self, latent_dim: int, *, summed: bool = False) -> TransformerDecoder:
+        if summed:
+            return LateTransformerDecoder(self.process, latent_dim, **self.sizes)
         return TransformerDecoder(
             self.process,
             latent_dim,

@@ -46,7 +46,7 @@ from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
 __all__ = ["LateDecoder", "ResidualDecoder", "ResidualEncoder", "ResidualFeatures", "RowDecoder"]
 
-_LATE_STD = 0.02  # of the weights by which codes differ before training
+LATE_STD = 0.02  # of the weights by which codes differ before training
 
 
 class _Norm(nn.Module):
@@ -78,7 +78,7 @@ class _Block(nn.Module):
         return h + self.second(self.dropout(silu(self.first(self.norm(h, c)))))
 
 
-class _Trunk(nn.Module):
+class Trunk(nn.Module):
     """Residual blocks and a last normalisation."""
 
     def __init__(self, width: int, num_blocks: int, condition_dim: int, dropout: float) -> None:
@@ -163,7 +163,7 @@ class RowDecoder(Decoder):
         self.inputs = nn.Linear(process.length * self.tokens.dim, hidden_dim)
         self.latent = nn.Linear(latent_dim, hidden_dim, bias=False) if latent_dim else None
         self.condition = Condition(condition_dim, latent_dim, time_conditioning=time_conditioning)
-        self.trunk = _Trunk(hidden_dim, num_blocks, self.condition.size, dropout)
+        self.trunk = Trunk(hidden_dim, num_blocks, self.condition.size, dropout)
 
     def _row_vectors(
         self, x_t: Tensor, codes: Tensor | None, z: Tensor | None, t: Tensor
@@ -283,18 +283,18 @@ class LateDecoder(Decoder):
         self.tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=True)
         self.inputs = nn.Linear(process.length * self.tokens.dim, hidden_dim)
         self.time = Condition(condition_dim, 0, time_conditioning=time_conditioning)
-        self.trunk = _Trunk(hidden_dim, num_blocks, self.time.size, dropout)
+        self.trunk = Trunk(hidden_dim, num_blocks, self.time.size, dropout)
         self.head = _PositionHead(hidden_dim, *sizes)
         self.latent: nn.Linear | None = None
         if latent_dim:
             self.latent = nn.Linear(latent_dim, latent_hidden_dim, bias=False)
             self.narrow = nn.Linear(hidden_dim, latent_hidden_dim)
             self.condition = Condition(condition_dim, latent_dim, time_conditioning=False)
-            self.latent_trunk = _Trunk(
+            self.latent_trunk = Trunk(
                 latent_hidden_dim, num_latent_blocks, self.condition.size, dropout
             )
             self.latent_head = _PositionHead(latent_hidden_dim, *sizes, bias=False)
-            nn.init.normal_(self.latent_head.tokens.weight, std=_LATE_STD)
+            nn.init.normal_(self.latent_head.tokens.weight, std=LATE_STD)
 
     def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The wide vector of a row, and the narrow one of a row and a latent."""
@@ -356,7 +356,7 @@ class ResidualFeatures(Features):
         self.tokens = TokenCode(process.vocab_size, embedding_dim, with_mask=False)
         self.inputs = nn.Linear(process.length * (self.tokens.dim + 2), hidden_dim)
         self.condition = Condition(condition_dim, 0, time_conditioning=time_conditioning)
-        self.trunk = _Trunk(hidden_dim, num_blocks, self.condition.size, dropout)
+        self.trunk = Trunk(hidden_dim, num_blocks, self.condition.size, dropout)
 
     def _token_vectors(self) -> Tensor:
         return self.tokens.clean
