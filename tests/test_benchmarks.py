@@ -14,7 +14,14 @@ import pyro
 import pytest
 import torch
 
-from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models
+from vadd_pyro import (
+    MaskedDiffusionELBO,
+    MaskingProcess,
+    experiments,
+    guides,
+    log_likelihood_bound,
+    models,
+)
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
 
 ROOT = Path(__file__).parents[1]
@@ -277,6 +284,39 @@ def test_flops_of_a_step_are_six_for_each_weight_and_row(bench):
     assert flops == pytest.approx(6 * weights * size.batch_size, rel=0.02)
     assert gpu.peak_of("NVIDIA H100 PCIe") < gpu.peak_of("NVIDIA H100 80GB HBM3")
     assert gpu.peak_of("a toaster") is None
+
+
+def test_two_runs_are_compared_row_by_row(bench, tmp_path, capsys):
+    rows = torch.randint(2, (60, 4), generator=torch.Generator().manual_seed(0))
+    rows[:, 1] = rows[:, 0]
+    path = tmp_path / "bits.csv"
+    path.write_text("\n".join(",".join(map(str, row)) for row in rows.tolist()))
+    made = []
+    for model, iterations in (("vadd", 60), ("mdm", 20)):
+        settings = experiments.preset(
+            "table",
+            str(path),
+            model=model,
+            num_iterations=iterations,
+            sizes=dict(hidden_dim=16, num_blocks=1, latent_hidden_dim=8),
+            num_codes=4,
+            batch_size=32,
+        )
+        experiments.train(settings, tmp_path / model, progress=False)
+        made.append(str(tmp_path / model))
+    out = tmp_path / "paired.json"
+    found = bench("paired").main([*made, "--steps", "1", "3", "--json", str(out)])
+    assert json.loads(out.read_text())["bounds"] == found
+    for line in found:
+        first, second, difference = (line[n] for n in ("first", "second", "difference"))
+        assert difference[0] == pytest.approx(first[0] - second[0], abs=1e-9)
+        assert difference[1] < first[1] + second[1]
+    run = experiments.load(made[0])
+    bound = log_likelihood_bound(
+        run.model, run.guide, run.process, run.data.rows("test"), 3, num_draws=1, seed=0
+    )
+    assert found[1]["first"][0] == pytest.approx(float(bound.value.mean()))
+    assert capsys.readouterr().out.count("±") == 6
 
 
 def test_the_table_for_gpus_runs_on_a_processor_and_is_refused_without_a_gpu(bench, tmp_path):
