@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import pyro
+import torch
 from torch import Tensor
 
 from vadd_pyro.distributions import TokenCategorical
@@ -38,8 +39,10 @@ class VADD(Program):
             the latent: there the decoder is given zeros in its place, whatever was drawn. A prior
             that does not see ``x_t`` is of little use but at ``t = 1``, and a nuisance where a
             step reveals little; with ``least_time=1`` a latent coordinates what the first step
-            writes, and all further steps are those of a masked diffusion model. Guides
-            (:class:`vadd_pyro.guides.RelativeNormal`) and the loss should be told the same.
+            writes, and all further steps are those of a masked diffusion model; a chain that
+            starts from a partly given row has no latent then. It must be a vector for each row,
+            ``(..., B, d)``. Guides (:class:`vadd_pyro.guides.RelativeNormal`) and the loss should
+            be told the same.
 
     Sites: ``"z"`` (or the prior's own) and ``"x_0"``, ``(B, D)``, scored at ``batch.target``,
     observed as ``batch.x_0``.
@@ -64,11 +67,25 @@ class VADD(Program):
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         with pyro.plate("data", len(batch), dim=-1):
-            z = draw_latent(self.prior, batch)
-            if self.least_time > 0:
-                z = z * (batch.t >= self.least_time).unsqueeze(-1)
-            law = self._tokens(batch, z)
+            law = self._tokens(batch, self._in_use(draw_latent(self.prior, batch), batch))
             return pyro.sample("x_0", law, obs=batch.x_0)
+
+    def _in_use(self, z: Tensor, batch: MaskedBatch) -> Tensor:
+        """The latent, and zeros in its place in steps that do without."""
+        if self.least_time == 0:
+            return z
+        vectors = isinstance(z, Tensor) and z.is_floating_point() and z.dim() > 1
+        if not vectors or z.shape[-2] not in (1, len(batch)):
+            what = f"shape {tuple(z.shape)}" if isinstance(z, Tensor) else type(z).__name__
+            raise ValueError(
+                f"least_time = {self.least_time} needs a latent that is a vector for each row, "
+                f"(..., {len(batch)}, d), got {what}"
+            )
+        late = batch.t >= self.least_time
+        # Latents laid out for all rows stay so, for a decoder may share work over equal rows.
+        if not torch.is_grad_enabled() and bool(late.all()):
+            return z
+        return z * late.unsqueeze(-1)
 
     def _tokens(self, batch: MaskedBatch, z: Tensor) -> TokenCategorical:
         """The law of the tokens; where a support is laid out for all rows, equal rows share it."""

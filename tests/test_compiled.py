@@ -560,11 +560,15 @@ def test_half_precision_may_differ_by_what_rounding_does_to_the_programs():
     with pytest.raises(NotOneGraphError, match="gradient of w differs"):
         check_agreement(found(0.5), half, 0.05)
     assert check_agreement(found(0.5), half, 0.05, exact)
-    for wrong in (0.7, 0.1):
+    for wrong in (0.7, 0.1, 0.0):
         with pytest.raises(NotOneGraphError, match="gradient of w differs"):
             check_agreement(found(wrong), half, 0.05, exact)
     with pytest.raises(NotOneGraphError, match="its loss is"):
         check_agreement(found(0.5, 1.2), half, 0.05, exact)
+    # Where rounding makes a third of a gradient, one that is lost is still found.
+    assert check_agreement(found(0.6), half, 0.05, found(0.533))
+    with pytest.raises(NotOneGraphError, match="gradient of w differs"):
+        check_agreement(found(0.0), half, 0.05, found(0.533))
 
 
 def test_a_small_gradient_that_is_wrong_does_not_hide_behind_a_large_one():

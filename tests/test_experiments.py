@@ -166,7 +166,7 @@ def test_weights_are_a_function_of_the_settings(folder):
 
 
 def test_a_run_whose_latent_is_that_of_the_first_step_alone(folder, tmp_path):
-    options: dict = dict(prior="standard_normal", latent_dim=2, least_time=1.0)
+    options: dict = dict(prior="standard_normal", latent_dim=2, least_time=1.0, times="few_step")
     with pytest.raises(ValueError, match=r"least_time = 1\.0 needs guide 'relative'"):
         build(table(folder, guide="mean_field", **options), load_data(table(folder)))
     settings = table(folder, guide="relative", num_iterations=6, num_chain_iterations=4, **options)

@@ -42,6 +42,7 @@ from vadd_pyro.distributions import (
 )
 from vadd_pyro.nn import MLPDecoder, MLPEncoder, MLPFeatures, StateEncoder, StateFeatures
 from vadd_pyro.sampling import seeded
+from vadd_pyro.times import GridTimes
 
 PROCESS = MaskingProcess(3, 2)
 SIZES = dict(hidden_dim=16, num_layers=2, embedding_dim=4)
@@ -660,6 +661,40 @@ def test_a_latent_of_the_first_step_alone():
     wanted = exact_bound(model, PROCESS, 2, num_draws=2**12).flatten()
     assert ((found.value - wanted) < 4.5 * found.stderr).all()
     assert float((found.value - wanted).abs().max()) < 0.06  # by a guide that is not trained
+
+
+def test_a_latent_of_late_steps_is_one_that_can_be_trained():
+    times = GridTimes([1, 2])
+    with pytest.raises(ValueError, match=r"t = 1, which times = UniformTimes.* never draws"):
+        MaskedDiffusionELBO(PROCESS, least_time=1.0)
+    with pytest.raises(ValueError, match=r"free_bits = 0.1 are shares"):
+        MaskedDiffusionELBO(PROCESS, times=times, free_bits=0.1, least_time=1.0)
+    elbo = MaskedDiffusionELBO(PROCESS, times=times, least_time=1.0)
+    with pytest.raises(ValueError, match=r"has least_time = 1.0, and VADD least_time = 0.0"):
+        elbo(*relative_pair(models.StandardNormal(2)))(all_rows(3, 2))
+
+    def scalar(batch):
+        return pyro.sample("z", dist.Normal(torch.zeros(len(batch)), 1.0))
+
+    model = models.VADD(MLPDecoder(PROCESS, 2, **SIZES), scalar, least_time=1.0)
+    with pytest.raises(
+        ValueError, match=r"a vector for each row, \(..., 9, d\), got shape \(9,\)"
+    ):
+        model(BATCH)
+
+
+def test_codes_of_the_first_step_alone_are_shared_by_its_rows():
+    torch.manual_seed(0)
+    decoder = MLPDecoder(PROCESS, 2, **SIZES)
+    torch.nn.init.normal_(decoder.head.weight)
+    model = models.VADD(decoder, models.Categorical(5, 2), least_time=1.0)
+    seen = []
+    decoder.register_forward_hook(lambda _, args, __: seen.append(args[1].shape))
+    rows = all_rows(3, 2)
+    found = log_likelihood_bound(model, guides.NoLatent(), PROCESS, rows, 1, num_draws=2, seed=0)
+    law = exact_distribution(model, PROCESS, num_steps=1)
+    torch.testing.assert_close(found.value, law.flatten().log(), rtol=1e-4, atol=1e-4)
+    assert seen[-1][:2] == (5, 1)
 
 
 def test_least_time_is_a_time_and_a_time_alone():

@@ -50,11 +50,24 @@ from torch import Tensor
 from vadd_pyro.annealing import LinearAnnealing
 from vadd_pyro.densities import RowTerms, score
 from vadd_pyro.estimators import DoublyReparameterized, check_estimator
-from vadd_pyro.process import MaskedBatch, MaskingProcess, check_time
-from vadd_pyro.programs import Program, check_store, modules_of, register_parameters
-from vadd_pyro.recorder import Recorder, run
+from vadd_pyro.process import MaskedBatch, MaskingProcess
+from vadd_pyro.programs import (
+    Program,
+    check_least_times,
+    check_store,
+    is_local_parameter,
+    modules_of,
+    register_parameters,
+)
+from vadd_pyro.recorder import Recorder, asks_for_enumeration, run
 from vadd_pyro.sites import PARTICLES, check_fit, check_pair, check_tokens_site
-from vadd_pyro.times import GridTimes, TimeDistribution, UniformTimes, corrupt_at
+from vadd_pyro.times import (
+    GridTimes,
+    TimeDistribution,
+    UniformTimes,
+    check_least_time,
+    draw_batch,
+)
 
 __all__ = ["LinearAnnealing", "LossTerms", "MaskedDiffusionELBO"]
 
@@ -104,8 +117,9 @@ class MaskedDiffusionELBO(ELBO):
         free_bits: nats of each latent dimension that cost nothing (Kingma et al. 2016), a
             dimension being given up to that much before its KL counts; whole sites, or all that
             is estimated by draws, are compared with as much for each of their dimensions.
-        least_time: the model's, if it does without its latent in steps from earlier times: all
-            that is masked is scored there, the same in expectation as what the step reveals.
+        least_time: the model's, if it does without its latent in steps from earlier times, and the
+            guide is the prior there: all that is masked is scored, the same in expectation as what
+            the step reveals.
         vectorize_particles: lay particles out along a plate of their own; False loops, for
             programs that do not broadcast.
         closed_form_kl: use closed-form KL divergences where that is exact: one particle, and a
@@ -178,7 +192,7 @@ class MaskedDiffusionELBO(ELBO):
         self.doubly_reparameterized = doubly_reparameterized
         self.renyi_alpha = renyi_alpha
         self.free_bits = free_bits
-        self.least_time = check_time("least_time", least_time)
+        self.least_time = check_least_time(least_time, times, free_bits)
         self.vectorize_particles = vectorize_particles
         self.closed_form_kl = closed_form_kl
         self.row_plates = max_plate_nesting
@@ -208,14 +222,9 @@ class MaskedDiffusionELBO(ELBO):
         x_0 = self.process.check_tokens(
             x_0, values=is_validation_enabled() if check is None else check
         )
-        draw = self.times.draw(self.process, len(x_0), x_0.device)
-        steps = self.objective == "chain"
-        if steps and draw.s is None:
-            raise ValueError(
-                f"objective='chain' scores the steps of a grid, but times is {self.times}: use "
-                "GridTimes"
-            )
-        return corrupt_at(self.process, x_0, draw, steps=steps, least_time=self.least_time)
+        return draw_batch(
+            self.times, self.process, x_0, self.objective == "chain", self.least_time
+        )
 
     def score(
         self, model: StepProgram, guide: StepProgram, batch: MaskedBatch, *args: Any, **kwargs: Any
@@ -290,7 +299,7 @@ class MaskedDiffusionELBO(ELBO):
 
         inferred = run(
             guide,
-            Recorder(enumerate_sites=_asks_for_enumeration, first_dim=first_dim),
+            Recorder(enumerate_sites=asks_for_enumeration, first_dim=first_dim),
             batch,
             *args,
             inside=particles(),
@@ -352,6 +361,7 @@ class MaskedDiffusionELBO(ELBO):
         """
         if self._checked is None or self._checked[0] is not model or self._checked[1] is not guide:
             check_store(model, guide)
+            check_least_times(self.least_time, model, guide)
             self._checked = (model, guide)
         batch = x_0 if isinstance(x_0, MaskedBatch) else self.draw(x_0)
         loss = _total(self.score(model, guide, batch, *args, **kwargs), batch)
@@ -363,7 +373,7 @@ class MaskedDiffusionELBO(ELBO):
         self, model: StepProgram, guide: StepProgram, *args: Any, **kwargs: Any
     ) -> float:
         """The loss as a number, its gradient left in the parameters; what ``SVI.step`` calls."""
-        with poutine.block(hide_fn=_is_local_parameter):
+        with poutine.block(hide_fn=is_local_parameter):
             loss = self.differentiable_loss(model, guide, *args, **kwargs)
         for module in (m for program in (model, guide) for m in modules_of(program)):
             if not isinstance(module, Program):  # which announces itself
@@ -388,12 +398,3 @@ def _total(row: RowTerms, batch: MaskedBatch) -> Tensor:
 def _mean(values: list[Tensor | None]) -> Tensor | None:
     present = [value for value in values if value is not None]
     return torch.stack(present).sum() / len(values) if present else None
-
-
-def _is_local_parameter(msg: dict[str, Any]) -> bool:
-    """A PyroModule's message about a parameter of its own, which SVI could not make use of."""
-    return msg["type"] == "param" and msg["fn"] != pyro.get_param_store().get_param
-
-
-def _asks_for_enumeration(msg: dict[str, Any]) -> bool:
-    return bool(msg["infer"]) and msg["infer"].get("enumerate") is not None

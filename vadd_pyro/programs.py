@@ -27,9 +27,11 @@ from torch.distributions import constraints
 __all__ = [
     "Program",
     "check_callable",
+    "check_least_times",
     "check_store",
     "draw_latent",
     "evaluation",
+    "is_local_parameter",
     "kept_modes",
     "modules_of",
     "register_parameters",
@@ -50,6 +52,30 @@ class Program(nn.Module):
         if any(isinstance(handler, TraceMessenger) for handler in _PYRO_STACK):
             register_parameters(self)
         return super().__call__(*args, **kwargs)
+
+
+def is_local_parameter(msg: dict[str, Any]) -> bool:
+    """A PyroModule's message about a parameter of its own, which SVI could not make use of."""
+    return msg["type"] == "param" and msg["fn"] != pyro.get_param_store().get_param
+
+
+def check_least_times(least_time: float, *programs: Any) -> None:
+    """Check that programs do without a latent wherever a loss takes it that they do.
+
+    Args:
+        least_time: the loss's.
+        programs: those without an attribute of that name are the user's to vouch for.
+
+    Raises:
+        ValueError: naming the program and both times.
+    """
+    for program in programs:
+        own = getattr(program, "least_time", least_time)
+        if own < least_time:
+            raise ValueError(
+                f"the loss has least_time = {least_time}, and {type(program).__name__} least_time "
+                f"= {own}: it has a latent in steps that the loss scores as if there were none"
+            )
 
 
 def draw_latent(prior: Callable[[Any], Any], batch: Any) -> Any:

@@ -22,7 +22,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-__all__ = ["Recorder", "Site", "run"]
+__all__ = ["Recorder", "Site", "asks_for_enumeration", "run"]
 
 
 class Site:
@@ -162,6 +162,11 @@ class Recorder(Messenger):
         }
         values.update(self.plates)
         return values
+
+
+def asks_for_enumeration(msg: dict[str, Any]) -> bool:
+    """Whether a sample statement wants its support laid out."""
+    return bool(msg["infer"]) and msg["infer"].get("enumerate") is not None
 
 
 def run(

@@ -33,7 +33,13 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
+from vadd_pyro.process import (
+    MaskedBatch,
+    MaskingProcess,
+    check_size,
+    check_time,
+    make_time_grid,
+)
 
 __all__ = [
     "AtomTimes",
@@ -66,36 +72,67 @@ class TimeDraw(NamedTuple):
     parts: Tensor | None = None
 
 
-def corrupt_at(
+def draw_batch(
+    times: TimeDistribution,
     process: MaskingProcess,
     x_0: Tensor,
-    draw: TimeDraw,
-    *,
     steps: bool = False,
     least_time: float = 0.0,
 ) -> MaskedBatch:
-    """Mask rows at the times of a draw, with the weights and targets of an objective.
+    """Draw times for clean rows and mask them, with the weights and targets of an objective.
 
     Args:
+        times: where to look.
         process: the forward process.
         x_0: clean tokens, ``(B, D)``.
-        draw: their times.
         steps: score what steps reveal, for the T-step bound, not all that is masked.
         least_time: steps from earlier times have no latent. What such a step reveals is
             independent given the state, so that all that is masked is scored, times ``rho``: the
             same in expectation, of less variance.
+
+    Raises:
+        ValueError: for steps without a grid.
     """
-    t, weight, s, at_least_one, parts = draw
+    t, weight, s, at_least_one, parts = times.draw(process, len(x_0), x_0.device)
     if s is None:
+        if steps:
+            raise ValueError(
+                f"objective='chain' scores the steps of a grid, but times is {times}: use "
+                "GridTimes"
+            )
         return process.corrupt(x_0, t, weight=weight, at_least_one=at_least_one)
     if steps:
         parts = torch.ones_like(t, dtype=torch.bool)
     if parts is not None and least_time > 0:
         parts = parts & (t >= least_time)
-    whole = weight * process.schedule.rho(s, t)
-    if parts is None:
-        return process.corrupt(x_0, t, weight=whole)
-    return process.corrupt(x_0, t, s.masked_fill(~parts, 0.0), weight=weight.where(parts, whole))
+    weight_of_all = weight * process.schedule.rho(s, t)
+    if parts is not None:
+        s, weight = s.masked_fill(~parts, 0.0), weight.where(parts, weight_of_all)
+    else:
+        s, weight = None, weight_of_all
+    given = at_least_one and not steps
+    return process.corrupt(x_0, t, s, weight=weight, at_least_one=given)
+
+
+def check_least_time(least_time: float, times: TimeDistribution, free_bits: float) -> float:
+    """Check that a latent of steps from late times alone is one that a loss can train.
+
+    Raises:
+        ValueError: for no time, for times that never are so late, and with free bits, which would
+            count rows that have no latent.
+    """
+    least_time = check_time("least_time", least_time)
+    if least_time == 1 and isinstance(times, UniformTimes | BalancedTimes):
+        raise ValueError(
+            f"least_time = 1 leaves the latent to t = 1, which times = {times} never draws: use "
+            "GridTimes, FewStepTimes, PartTargets or AtomTimes"
+        )
+    if least_time > 0 and free_bits > 0:
+        raise ValueError(
+            f"free_bits = {free_bits} are shares of a mean over rows, and with least_time = "
+            f"{least_time} some rows have no latent: use one of the two"
+        )
+    return least_time
 
 
 def lattice(num_rows: int, device: torch.device) -> Tensor:

@@ -113,6 +113,8 @@ def _fingerprint(elbo: MaskedDiffusionELBO) -> str:
         parts.append(f"renyi_alpha={float(elbo.renyi_alpha)!r}")
     if elbo.free_bits:
         parts.append(f"free_bits={float(elbo.free_bits)!r}")
+    if elbo.least_time:
+        parts.append(f"least_time={elbo.least_time!r}")
     return repr(tuple(parts))
 
 

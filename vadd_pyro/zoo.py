@@ -23,7 +23,7 @@ from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.guides.matching import look_at
 from vadd_pyro.names import GUIDES, OBJECTIVES, PRIORS, TIMES, check, resolve
 from vadd_pyro.nn import MLPNetworks, Networks
-from vadd_pyro.process import MaskingProcess
+from vadd_pyro.process import MaskingProcess, check_time
 from vadd_pyro.times import (
     AtomTimes,
     BalancedTimes,
@@ -201,6 +201,7 @@ def build(
     """
     check("priors", prior)
     check("guides", guide)
+    least_time = check_time("least_time", least_time)
     networks = _networks(networks, process, hidden_dim)
     if prior == "none":
         if guide not in ("auto", "none"):
@@ -227,15 +228,17 @@ def build(
             "features": lambda: features,
             "prior": lambda: law,
             "model": lambda: model,
+            "least_time": lambda: least_time,
         }
-        return Pair(model, _made(guide, resolve("guides", guide), offered), 4000)
-    options = {}
-    if family == "semi_amortized":
-        options = {"model": model, "elbo": MaskedDiffusionELBO(process)}
-    fitted = guides.for_prior(law, features, family, **options)
+        fitted = _made(guide, resolve("guides", guide), offered)
+    else:
+        options = {}
+        if family == "semi_amortized":
+            options = {"model": model, "elbo": MaskedDiffusionELBO(process)}
+        fitted = guides.for_prior(law, features, family, **options)
     if isinstance(fitted, guides.RelativeNormal):
-        fitted.least_time = model.least_time
-    elif model.least_time and not summed:
+        fitted.least_time = least_time
+    elif least_time and not summed and getattr(fitted, "least_time", 0.0) != least_time:
         raise ValueError(
             f"least_time = {least_time} needs guide 'relative', which knows what the prior is "
             f"where there is no latent, or a latent that is summed out; got {guide!r}"

@@ -25,7 +25,8 @@ _HALF_TOLERANCE = 0.05
 # of a rectifier counts for one side or the other, and a sum that cancels is left with what
 # rounding leaves of its terms.
 _OWN, _ROUNDING = 10.0, 0.01
-_KNOWN = 3.0  # times what rounding is known to do
+_KNOWN = 3.0  # times what rounding is known to do,
+_LOST = 0.9  # but no gradient may be lost
 
 
 class Differentiated(NamedTuple):
@@ -291,7 +292,7 @@ def check_agreement(
         share = _ROUNDING if tolerance < _HALF_TOLERANCE else 1.0
         rounding = share * tolerance * largest * math.sqrt(gradient.numel())
         least = _OWN * tolerance * norm + max(rounding, 1e-9)
-        within = float(difference.norm()) <= least + spread
+        within = float(difference.norm()) <= max(least, min(least + spread, _LOST * norm))
         if not (within and error <= tolerance * max(largest, 1e-6) + most):
             raise NotOneGraphError(
                 f"its gradient of {name} differs from that of the programs by {error:.3g}, where "

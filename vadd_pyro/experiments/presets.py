@@ -98,15 +98,16 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             **_IMAGES,
             # There are 1,259 pictures to train on: more updates or dimensions learn them by heart.
             "latent_dim": 8,
-            "sizes": {"hidden_dim": 256, "num_blocks": 2, "dropout": 0.4, "local_dim": 16},
-            "num_iterations": 1000,
-            "num_chain_iterations": 200,
-            "num_guide_iterations": 100,
+            "sizes": {"hidden_dim": 256, "num_blocks": 2, "dropout": 0.5, "local_dim": 16},
+            "least_time": 1.0,
+            "num_iterations": 500,
+            "num_chain_iterations": 100,
+            "num_guide_iterations": 60,
             "precision": "float32",
         }
     },
     "mnist": {
-        # N(0, I) helps in the first step alone; digits have not been tried so.
+        # N(0, I) helps in the first step alone (docs/real_data.md).
         "laptop": {**_IMAGES, "least_time": 1.0},
         "paper": {**_PAPER_PIXELS, "data_options": {"padded": True}},
     },
