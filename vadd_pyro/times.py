@@ -101,9 +101,11 @@ def draw_batch(
                 "GridTimes"
             )
         return process.corrupt(x_0, t, weight=weight, at_least_one=at_least_one)
+    if steps and least_time == 0:
+        return process.corrupt(x_0, t, s, weight=weight)
     if steps:
-        parts = torch.ones_like(t, dtype=torch.bool)
-    if parts is not None and least_time > 0:
+        parts = t >= least_time
+    elif parts is not None and least_time > 0:
         parts = parts & (t >= least_time)
     weight_of_all = weight * process.schedule.rho(s, t)
     if parts is not None:

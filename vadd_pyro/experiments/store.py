@@ -130,7 +130,7 @@ def build(settings: Settings, data: DataSet, device: str | None = None) -> zoo.P
             latent_dim=settings.latent_dim,
             num_codes=settings.num_codes,
             networks=networks,
-            least_time=settings.least_time if settings.model == "vadd" else 0.0,
+            least_time=settings.least_time,
         )
         _check_kept(pair, MaskedDiffusionELBO(process), data.rows("train", 1))
     if device is not None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -137,6 +138,17 @@ class Decoder(nn.Module):
         if self.time_conditioning:
             values.append(t)
         return equal_rows(*values)
+
+    def _once_a_state(
+        self, network: Callable[[Tensor, Tensor], Tensor], x_t: Tensor, t: Tensor
+    ) -> Tensor:
+        """What a network of the state gives, ``(B, ...)``: rows in one state share it, whatever
+        their latents are.
+        """
+        alike = self._equal_rows(x_t, None, t)
+        if alike is None:
+            return network(x_t, t)
+        return network(x_t[alike[0]], t[alike[0]]).index_select(0, alike[1])
 
     def _check_inputs(self, x_t: Tensor, z: Tensor | None) -> None:
         if x_t.dim() != 2 or x_t.shape[1] != self.length:

@@ -89,12 +89,8 @@ class LateTransformerDecoder(TransformerDecoder):
         self, x_t: Tensor, z: Tensor | None, t: Tensor
     ) -> tuple[Tensor, Tensor | None]:
         """Wide vectors of all positions, and narrow ones of positions and latents."""
-        # Rows in one state share what is wide, whatever their latents are.
-        alike = self._equal_rows(x_t, None, t)
-        if alike is None:
-            h = super()._body(x_t, None, t)
-        else:
-            h = super()._body(x_t[alike[0]], None, t[alike[0]]).index_select(0, alike[1])
+        wide = super()._body
+        h = self._once_a_state(lambda x_t, t: wide(x_t, None, t), x_t, t)
         if self.latent is None:
             return h, None
         g = self.narrow(h) + self.latent(z).unsqueeze(-2)

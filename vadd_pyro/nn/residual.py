@@ -298,12 +298,7 @@ class LateDecoder(Decoder):
 
     def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor | None]:
         """The wide vector of a row, and the narrow one of a row and a latent."""
-        # Rows in one state share what is wide, whatever their latents are.
-        alike = self._equal_rows(x_t, None, t)
-        if alike is None:
-            h = self._wide(x_t, t)
-        else:
-            h = self._wide(x_t[alike[0]], t[alike[0]]).index_select(0, alike[1])
+        h = self._once_a_state(self._wide, x_t, t)
         if self.latent is None:
             return h, None
         return h, self.latent_trunk(self.narrow(h) + self.latent(z), self.condition(z, t))
