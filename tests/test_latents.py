@@ -40,7 +40,9 @@ from vadd_pyro.distributions import (
     ProjectedNormal,
     StraightThroughCodes,
 )
+from vadd_pyro.grids import step_terms
 from vadd_pyro.nn import MLPDecoder, MLPEncoder, MLPFeatures, StateEncoder, StateFeatures
+from vadd_pyro.one_token import one_token_bound
 from vadd_pyro.sampling import seeded
 from vadd_pyro.times import GridTimes
 
@@ -661,6 +663,57 @@ def test_a_latent_of_the_first_step_alone():
     wanted = exact_bound(model, PROCESS, 2, num_draws=2**12).flatten()
     assert ((found.value - wanted) < 4.5 * found.stderr).all()
     assert float((found.value - wanted).abs().max()) < 0.06  # by a guide that is not trained
+
+
+def test_steps_without_latent_take_one_particle():
+    torch.manual_seed(3)
+    prior = models.StandardNormal(2)
+    decoder = MLPDecoder(PROCESS, 2, **SIZES)
+    torch.nn.init.normal_(decoder.head.weight)
+    model = models.VADD(decoder, prior, least_time=0.6)
+    guide = guides.RelativeNormal(MLPFeatures(PROCESS, **SIZES), 2, prior, least_time=0.6)
+    rows = all_rows(3, 2)
+    calls = []
+    decoder.register_forward_hook(lambda _, args, __: calls.append((args[1].shape, args[2])))
+
+    def bounds(model, **options):
+        common = dict(num_particles=16, num_draws=300, seed=0)
+        return [
+            log_likelihood_bound(model, guide, PROCESS, rows, 4, **common, **options),
+            log_likelihood_bound(model, guide, PROCESS, rows, 4, **common, num_paths=4, **options),
+            one_token_bound(model, guide, PROCESS, rows, **common, **options),
+        ]
+
+    thrifty = bounds(model)
+    bound_calls = calls[1:]  # the first looks at the pair
+    counts = {1: 0, 16: 0}
+    for shape, t in bound_calls:
+        if len(shape) > 2 and shape[0] == 16:
+            assert (t >= 0.6).all()
+            counts[16] += 1
+        elif len(t) > 12 and (t < 0.6).all():
+            counts[1] += 1
+    assert min(counts.values()) > 0
+    calls.clear()
+    spendthrift = bounds(lambda batch: model(batch))  # a function says nothing of its times
+    assert any(len(shape) > 2 and (t < 0.6).any() for shape, t in calls)
+    for found, wanted in zip(thrifty, spendthrift, strict=True):
+        error = (found.stderr**2 + wanted.stderr**2).sqrt()
+        assert ((found.value - wanted.value).abs() < 4.5 * error).all()
+
+    candidates = torch.tensor([0, 0.3, 0.5, 0.8, 1.0], dtype=torch.double)
+    terms = [
+        torch.stack(
+            [
+                step_terms(program, guide, PROCESS, rows, candidates, num_draws=20, seed=seed)
+                for seed in range(12)
+            ]
+        )
+        for program in (model, lambda batch: model(batch))
+    ]
+    (found, wanted), above = [t.mean(0) for t in terms], torch.ones(5, 5).triu(1).bool()
+    error = sum(t.var(0) / 12 for t in terms).sqrt()
+    assert ((found - wanted).abs() < 5 * error)[above].all()
 
 
 def test_a_latent_of_late_steps_is_one_that_can_be_trained():

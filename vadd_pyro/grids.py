@@ -15,8 +15,8 @@ The terms of all pairs are estimated from the same random reveal paths: each tok
 step of the fine grid in which it is revealed, which says for every pair what is masked at ``t``
 and revealed by ``s``. Pairs with the same ``t`` and, in a row, the same ``S`` share one network
 call, and those that reveal nothing need none, so that ``N`` candidates and ``D`` positions cost at
-most ``N min(N, D)`` rows of network input for each row of data, times the particles; without
-latent, where ``c(s, t)`` is ``rho(s, t)`` times the score of all that is masked, ``N`` rows.
+most ``N min(N, D)`` rows of network input for each row of data, times the particles; from times
+without latent, where ``c(s, t)`` is ``rho(s, t)`` times the score of all that is masked, one.
 
 References:
     Watson et al. 2021, "Learning to Efficiently Sample from Diffusion Probabilistic Models" (arXiv
@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadd_pyro.likelihood import chain_objective
+from vadd_pyro.likelihood import StepScores
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
 from vadd_pyro.programs import evaluation
 from vadd_pyro.sampling import device_of, seeded
@@ -132,7 +132,7 @@ def step_terms(
         check_size("batch_size", batch_size)
     x_0 = process.check_tokens(x_0).to(device_of(model, x_0.device))
     with seeded(seed), evaluation(model, guide):
-        elbo, rows_per_call, has_latent = chain_objective(
+        scores = StepScores(
             model,
             guide,
             process,
@@ -142,21 +142,13 @@ def step_terms(
             batch_size=batch_size,
             args=args,
         )
-
-        def score(batch: MaskedBatch) -> Tensor:
-            pieces = [
-                elbo.score(model, guide, part, *args).rows for part in batch.split(rows_per_call)
-            ]
-            return torch.cat(pieces).double()
-
         total = torch.zeros(len(candidates), len(candidates), dtype=torch.double)
         for _ in range(num_draws):
             paths = process.reveal_steps(tuple(x_0.shape), candidates, x_0.device)
             for j in range(1, len(candidates)):
-                if has_latent:
-                    total[:j, j] += _terms_from(process, x_0, paths, candidates, j, score)
-                else:
-                    total[:j, j] += _factorised(process, x_0, paths, candidates, j, score)
+                has_latent = float(candidates[j]) >= scores.least_time
+                terms = _terms_from if has_latent else _factorised
+                total[:j, j] += terms(process, x_0, paths, candidates, j, scores)
     above = torch.ones_like(total, dtype=torch.bool).triu(1)
     return (total / num_draws).masked_fill(~above, -torch.inf)
 
@@ -167,7 +159,7 @@ def _terms_from(
     paths: Tensor,
     grid: Tensor,
     j: int,
-    score: Callable[[MaskedBatch], Tensor],
+    scores: StepScores,
 ) -> Tensor:
     """Terms of the steps from ``t_j`` to each earlier time, ``(j,)``.
 
@@ -181,7 +173,7 @@ def _terms_from(
     if len(rows):
         batch = process.step_batch(x_0[rows], paths[rows], j, grid)
         target = batch.masked & (paths[rows] >= last.unsqueeze(-1))
-        values[rows, last] = score(
+        values[rows, last] = scores(
             MaskedBatch(batch.x_t, batch.t, batch.masked, target, batch.x_0)
         )
     terms = []
@@ -198,12 +190,12 @@ def _factorised(
     paths: Tensor,
     grid: Tensor,
     j: int,
-    score: Callable[[MaskedBatch], Tensor],
+    scores: StepScores,
 ) -> Tensor:
     """The same without latent, averaged over what is revealed of all that is masked."""
     batch = process.step_batch(x_0, paths, j, grid)
     whole = MaskedBatch(batch.x_t, batch.t, batch.masked, batch.masked, batch.x_0)
-    return process.schedule.rho(grid[:j], grid[j]) * score(whole).mean().cpu()
+    return process.schedule.rho(grid[:j], grid[j]) * scores(whole, has_latent=False).mean().cpu()
 
 
 def best_path(terms: Tensor, num_steps: int) -> Tensor:

@@ -52,14 +52,7 @@ from vadd_pyro.recorder import Recorder, Site, run
 from vadd_pyro.sampling import device_of, seeded
 from vadd_pyro.sites import data_plate, is_row_site
 
-__all__ = [
-    "Bound",
-    "average_paths",
-    "chain_objective",
-    "log_likelihood_bound",
-    "score_steps",
-    "step_scores",
-]
+__all__ = ["Bound", "StepScores", "average_paths", "log_likelihood_bound"]
 
 
 class Bound(NamedTuple):
@@ -112,7 +105,7 @@ def log_likelihood_bound(
         x_0: clean tokens, ``(B, D)``.
         num_steps: ``T``.
         num_particles: importance samples ``P`` per step; more is tighter. Not used where every
-            latent is summed out.
+            latent is summed out, nor in steps without one (``least_time``).
         num_draws: independent draws of paths and latents, at least 2 for a standard error.
         num_paths: paths ``M`` of each draw, averaged inside the logarithm. With 1 the bound is the
             path-wise one; more are tighter, at so many times the work, and close the gap to
@@ -137,7 +130,7 @@ def log_likelihood_bound(
         raise ValueError(f"num_draws must be at least 1, got {num_draws}")
     check_size("num_paths", num_paths)
     with seeded(seed), evaluation(model, guide):
-        elbo, batch_size, _ = chain_objective(
+        scores = StepScores(
             model,
             guide,
             process,
@@ -145,22 +138,22 @@ def log_likelihood_bound(
             grid,
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,
+            exponentiated=num_paths > 1,
             batch_size=batch_size,
             args=args,
         )
-    scores = step_scores(model, guide, elbo, args, exponentiated=num_paths > 1)
 
     def path(rows: Tensor) -> Tensor:
         steps = process.reveal_steps(tuple(rows.shape), grid, rows.device)
         revealing = torch.zeros(len(rows), len(grid), dtype=torch.bool, device=rows.device)
         revealing.scatter_(1, steps, True)
         row, step = revealing.nonzero(as_tuple=True)
-        return score_steps(scores, process, rows, steps, grid, row, step, batch_size)
+        return scores.along(rows, steps, row, step)
 
     most = min(len(grid) - 1, process.length)
     with seeded(seed), evaluation(model, guide):
         return average_paths(
-            path, x_0, num_draws, num_paths, together=batch_size // (len(x_0) * most)
+            path, x_0, num_draws, num_paths, together=scores.batch_size // (len(x_0) * most)
         )
 
 
@@ -195,59 +188,92 @@ def average_paths(
     return Bound(mean, error)
 
 
-def score_steps(
-    scores: Callable[[MaskedBatch], Tensor],
-    process: MaskingProcess,
-    x_0: Tensor,
-    steps: Tensor,
-    grid: Tensor,
-    row: Tensor,
-    step: Tensor,
-    batch_size: int,
-) -> Tensor:
-    """Scores of some steps of each row's path, summed over the row, ``(B,)`` in double precision.
+class StepScores:
+    """What scores the steps of a grid, after a look at the pair.
+
+    Steps without latent need one particle: all of them, where the model has none or sums it out,
+    and those from times before ``least_time``, where model and guide do without.
 
     Args:
-        scores: what a batch of steps scores, see :func:`step_scores`.
-        process: the forward process.
-        x_0: rows, ``(B, D)``.
-        steps: at which step each token is revealed, ``(B, D)`` long.
         grid: ``(T + 1,)``.
-        row, step: which rows at which steps to score, ``(N,)`` long.
-        batch_size: how many of them at once.
-    """
-    total = torch.zeros(len(x_0), dtype=torch.double, device=x_0.device)
-    for start in range(0, len(row), batch_size):
-        piece = slice(start, start + batch_size)
-        chosen = row[piece]
-        batch = process.step_batch(x_0[chosen], steps[chosen], step[piece], grid)
-        total.index_add_(0, chosen, scores(batch))
-    return total
-
-
-def step_scores(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    elbo: MaskedDiffusionELBO,
-    args: tuple[Any, ...],
-    *,
-    exponentiated: bool = False,
-) -> Callable[[MaskedBatch], Tensor]:
-    """What scores the steps of paths: a batch gives ``(B,)`` in double precision.
-
-    Args:
-        model, guide: the pair.
-        elbo: from :func:`chain_objective`.
-        args: further arguments of the programs.
         exponentiated: whether the exponentials of scores must be unbiased estimates of the
             probabilities, as they must to be averaged over paths. A bound that already is an
             average of logarithms, as a closed-form KL makes it, has larger or smaller ones.
-    """
-    several = elbo.num_particles > 1
 
-    def unbiased(batch: MaskedBatch) -> Tensor:
-        pair = elbo.record(model, guide, batch, several, args)
-        terms = score(
+    The others are those of :func:`log_likelihood_bound`.
+
+    Attributes:
+        least_time: steps from earlier times have no latent; infinite if none has.
+        batch_size: (row, step) pairs per network call, where there is a latent.
+
+    Raises:
+        ValueError: for models that have no T-step bound.
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        process: MaskingProcess,
+        x_0: Tensor,
+        grid: Tensor,
+        *,
+        num_particles: int,
+        vectorize_particles: bool = True,
+        exponentiated: bool = False,
+        batch_size: int | None = None,
+        args: tuple[Any, ...] = (),
+    ) -> None:
+        probe = process.corrupt(x_0[:1], 1.0)
+        inferred, generated = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
+        _check_model(generated)
+        _check_blind(model, guide, process, x_0, args)
+        self._model, self._guide, self._args = model, guide, args
+        self._process, self._grid = process, grid
+        self._exponentiated = exponentiated
+        if all(site.observed for site in inferred.sites.values()):
+            num_particles = 1  # every latent is summed out: particles would all be the same
+        if all(site.observed for site in generated.sites.values()):
+            self.least_time = math.inf
+        else:
+            self.least_time = min(getattr(part, "least_time", 0.0) for part in (model, guide))
+        self._objectives = {
+            has_latent: MaskedDiffusionELBO(
+                process,
+                objective="chain",
+                time_grid=grid,
+                num_particles=particles,
+                importance_weighted=particles > 1,
+                vectorize_particles=vectorize_particles,
+            )
+            for has_latent, particles in ((True, num_particles), (False, 1))
+        }
+        cells = process.length * process.vocab_size
+        self._batch_sizes = {
+            has_latent: max(1, 2**21 // (particles * cells)) if batch_size is None else batch_size
+            for has_latent, particles in ((True, num_particles), (False, 1))
+        }
+        self.batch_size = self._batch_sizes[self.least_time < math.inf]
+
+    def __call__(self, batch: MaskedBatch, has_latent: bool = True) -> Tensor:
+        """Scores of the rows of a batch, ``(B,)`` in double precision, some of them at once.
+
+        Args:
+            batch: rows at the times of steps, and what these reveal.
+            has_latent: whether all steps have a latent; False if none has.
+        """
+        score_some = self._unbiased if self._exponentiated else self._usual
+        elbo = self._objectives[has_latent]
+        parts = batch.split(self._batch_sizes[has_latent])
+        return torch.cat([score_some(elbo, part) for part in parts]).double()
+
+    def _usual(self, elbo: MaskedDiffusionELBO, batch: MaskedBatch) -> Tensor:
+        return elbo.score(self._model, self._guide, batch, *self._args).rows
+
+    def _unbiased(self, elbo: MaskedDiffusionELBO, batch: MaskedBatch) -> Tensor:
+        several = elbo.num_particles > 1
+        pair = elbo.record(self._model, self._guide, batch, several, self._args)
+        return score(
             *pair,
             active=batch.target.any(-1),
             weight=None,
@@ -255,57 +281,43 @@ def step_scores(
             vectorized=several,
             closed_form_kl=False,
             renyi_alpha=0.0,
-        )
-        return terms.rows.double()
+        ).rows
 
-    def usual(batch: MaskedBatch) -> Tensor:
-        return elbo.score(model, guide, batch, *args).rows.double()
+    def along(
+        self,
+        x_0: Tensor,
+        steps: Tensor,
+        row: Tensor,
+        step: Tensor,
+        over_targets: bool = False,
+    ) -> Tensor:
+        """Scores of some steps of each row's path, summed over the row, ``(B,)`` in double
+        precision.
 
-    return unbiased if exponentiated else usual
-
-
-def chain_objective(
-    model: Callable[..., Any],
-    guide: Callable[..., Any],
-    process: MaskingProcess,
-    x_0: Tensor,
-    grid: Tensor,
-    *,
-    num_particles: int,
-    vectorize_particles: bool = True,
-    batch_size: int | None = None,
-    args: tuple[Any, ...] = (),
-) -> tuple[MaskedDiffusionELBO, int, bool]:
-    """What scores the steps of a grid, after a look at the pair.
-
-    Args:
-        as in :func:`log_likelihood_bound`; ``grid`` is ``(T + 1,)``.
-
-    Returns:
-        The objective, with one particle where every latent is summed out; rows per network call;
-        whether the model has a latent.
-
-    Raises:
-        ValueError: for models that have no T-step bound.
-    """
-    probe = process.corrupt(x_0[:1], 1.0)
-    inferred, generated = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
-    _check_model(generated)
-    _check_blind(model, guide, process, x_0, args)
-    if all(site.observed for site in inferred.sites.values()):
-        num_particles = 1  # every latent is summed out: particles would all be the same
-    elbo = MaskedDiffusionELBO(
-        process,
-        objective="chain",
-        time_grid=grid,
-        num_particles=num_particles,
-        importance_weighted=num_particles > 1,
-        vectorize_particles=vectorize_particles,
-    )
-    if batch_size is None:
-        batch_size = max(1, 2**21 // (num_particles * process.length * process.vocab_size))
-    has_latent = any(not site.observed for site in generated.sites.values())
-    return elbo, batch_size, has_latent
+        Args:
+            x_0: rows, ``(B, D)``.
+            steps: at which step each token is revealed, ``(B, D)`` long.
+            row, step: which rows at which steps to score, ``(N,)`` long.
+            over_targets: for steps without latent that reveal one token, the mean over which of
+                the masked ones it is.
+        """
+        total = torch.zeros(len(x_0), dtype=torch.double, device=x_0.device)
+        latent = self._grid.to(step.device)[step] >= self.least_time
+        for has_latent in (True, False):
+            pairs = (latent == has_latent).nonzero().squeeze(-1)
+            for some in pairs.split(self._batch_sizes[has_latent]):
+                if not len(some):
+                    continue
+                chosen = row[some]
+                batch = self._process.step_batch(
+                    x_0[chosen], steps[chosen], step[some], self._grid
+                )
+                whole = over_targets and not has_latent
+                if whole:
+                    batch = replace(batch, target=batch.masked)
+                found = self(batch, has_latent)
+                total.index_add_(0, chosen, found / batch.masked.sum(-1) if whole else found)
+        return total
 
 
 def _check_model(model: Recorder) -> None:

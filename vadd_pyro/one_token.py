@@ -37,19 +37,12 @@ References:
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vadd_pyro.likelihood import (
-    Bound,
-    average_paths,
-    chain_objective,
-    score_steps,
-    step_scores,
-)
+from vadd_pyro.likelihood import Bound, StepScores, average_paths
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 from vadd_pyro.programs import evaluation
 from vadd_pyro.sampling import device_of, seeded
@@ -115,7 +108,8 @@ def one_token_bound(
             should have been trained with such (``objective="chain"`` with many steps).
         process: their forward process.
         x_0: clean tokens, ``(B, D)``.
-        num_particles: importance samples per step; not used where every latent is summed out.
+        num_particles: importance samples per step; not used where every latent is summed out, nor
+            in steps without one.
         num_draws: independent draws of orders and latents, at least 2 for a standard error.
         num_paths: orders of each draw, averaged inside the logarithm. With 1 the bound is the
             path-wise one.
@@ -158,7 +152,7 @@ def one_token_bound(
     x_0 = process.check_tokens(x_0).to(device_of(model, x_0.device))
     grid = one_token_grid(process)
     with seeded(seed), evaluation(model, guide):
-        elbo, batch_size, has_latent = chain_objective(
+        scores = StepScores(
             model,
             guide,
             process,
@@ -166,12 +160,10 @@ def one_token_bound(
             grid,
             num_particles=num_particles,
             vectorize_particles=vectorize_particles,
+            exponentiated=num_paths > 1,
             batch_size=batch_size,
             args=args,
         )
-    scores = step_scores(model, guide, elbo, args, exponentiated=num_paths > 1)
-    if num_paths == 1 and not has_latent:
-        scores = _mean_over_targets(scores)
     scale = 1.0 if num_terms is None else length / num_terms
 
     def path(rows: Tensor) -> Tensor:
@@ -179,9 +171,9 @@ def one_token_bound(
         step = _chosen_steps(len(rows), length, num_terms, rows.device)
         row = torch.arange(len(rows), device=rows.device).unsqueeze(-1).expand(step.shape)
         pairs = row.flatten(), step.flatten()
-        return scale * score_steps(scores, process, rows, steps, grid, *pairs, batch_size)
+        return scale * scores.along(rows, steps, *pairs, over_targets=num_paths == 1)
 
-    together = batch_size // (len(x_0) * length)
+    together = scores.batch_size // (len(x_0) * length)
     with seeded(seed), evaluation(model, guide):
         return average_paths(path, x_0, num_draws, num_paths, together=together)
 
@@ -199,17 +191,3 @@ def _chosen_steps(
     u = torch.rand(num_rows, num_terms, dtype=torch.double, device=device)
     position = (torch.arange(num_terms, device=device) + u) * (length / num_terms)
     return position.long().clamp_max(length - 1) + 1
-
-
-def _mean_over_targets(
-    scores: Callable[[MaskedBatch], Tensor],
-) -> Callable[[MaskedBatch], Tensor]:
-    """The expected score over which masked position is revealed next.
-
-    For scores that are sums over targets.
-    """
-
-    def mean(batch: MaskedBatch) -> Tensor:
-        return scores(replace(batch, target=batch.masked)) / batch.masked.sum(-1)
-
-    return mean
