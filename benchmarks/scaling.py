@@ -7,10 +7,12 @@ what is printed is medians over the updates of all rounds. Usage:
         [--threads 1] [--accumulate 1] [--compile] [--json FILE]
 
 ``same batch`` divides the batch of one process among all, which changes nothing in the
-optimisation; ``full batches`` gives each as many rows as one had. Both are told by the clock, and
-in brackets by the time that the processor spent on the busiest process, which leaves out waiting:
-for others, and for whatever else the machine does. Leave a core for each process, and trust the
-first on a machine that does nothing else.
+optimisation; ``full batches`` gives each as many rows as one had. Beside them ``apart``: as many
+processes that each train a pair of their own on full batches and tell each other nothing, which is
+what this machine's cores and memory allow at most. All are told by the clock, and in brackets by
+the time that the processor spent on the busiest process, which leaves out waiting: for others, and
+for whatever else the machine does. Leave a core for each process, and trust the first on a machine
+that does nothing else.
 """
 
 from __future__ import annotations
@@ -68,7 +70,7 @@ def job(name: str) -> Job:
         data = DataSet("random", rows, rows[:10], rows[:10], 2, shape=(28, 28))
         pair = build(settings, data)
         times = zoo.times_named(settings.times, settings.steps)
-        elbo = MaskedDiffusionELBO(data.process(), times=times)
+        elbo = MaskedDiffusionELBO(data.process(), times=times, least_time=settings.least_time)
         return Job(*pair[:2], elbo, rows.long(), settings.batch_size, settings.precision)
     size = SPEED_SIZES[name]
     process = MaskingProcess(size.vocab_size, size.length)
@@ -130,26 +132,30 @@ def exchange(length: int) -> float:
     return statistics.median(seconds[2:])
 
 
-def worker(rank: int, size: int, meeting: str, threads: int, line: Connection) -> None:
+def worker(rank: int, size: int, meeting: str | None, threads: int, line: Connection) -> None:
     """One process of the group: does what it is told until it is told nothing."""
     torch.set_num_threads(threads)
-    dist.init_process_group(
-        "gloo",
-        init_method=f"file://{meeting}",
-        rank=rank,
-        world_size=size,
-        timeout=timedelta(minutes=10),
-    )
+    if meeting is not None:
+        dist.init_process_group(
+            "gloo",
+            init_method=f"file://{meeting}",
+            rank=rank,
+            world_size=size,
+            timeout=timedelta(minutes=10),
+        )
     known: dict[str, Callable[..., Any]] = {"updates": updates, "exchange": exchange}
     while (told := line.recv()) is not None:
         line.send(known[told[0]](*told[1:]))
-    dist.destroy_process_group()
+    if meeting is not None:
+        dist.destroy_process_group()
 
 
 class Group:
-    """Processes that wait until they are called together."""
+    """Processes that wait until they are called together; without a place to meet at, each for
+    itself.
+    """
 
-    def __init__(self, size: int, meeting: str, threads: int) -> None:
+    def __init__(self, size: int, meeting: str | None, threads: int) -> None:
         context = multiprocessing.get_context("fork")
         self.lines = []
         self.workers = []
@@ -178,17 +184,21 @@ class Group:
             process.join()
 
 
-def measure(name: str, group: Group, rounds: int, options: dict[str, Any]) -> dict[str, float]:
+def measure(
+    name: str, group: Group, apart: Group, rounds: int, options: dict[str, Any]
+) -> dict[str, float]:
     """What is known of one size in the end."""
     what = job(name)
     parameters = [*what.model.parameters(), *what.guide.parameters()]
     own = {id(p): p.numel() for p in parameters if p.requires_grad}
     size = len(group.lines)
-    seconds: dict[str, list[tuple[float, float]]] = {"one": [], "same": [], "full": []}
+    kinds = ("one", "same", "full", "apart")
+    seconds: dict[str, list[tuple[float, float]]] = {kind: [] for kind in kinds}
     for _ in range(rounds):
         seconds["one"] += updates(name, 1, options)
         seconds["same"] += group.updates(name, 1, options)
         seconds["full"] += group.updates(name, size, options)
+        seconds["apart"] += apart.updates(name, 1, options)
     # Gradients, which of them there are, loss, KL, and two flags.
     length = sum(own.values()) + len(own) + 4
     found = {
@@ -198,7 +208,7 @@ def measure(name: str, group: Group, rounds: int, options: dict[str, Any]) -> di
         "exchange_ms": 1e3 * max(group("exchange", length)),
     }
     for kind, values in seconds.items():
-        rows = what.batch_size * (size if kind == "full" else 1)
+        rows = what.batch_size * (size if kind in ("full", "apart") else 1)
         for clock, column in zip(("clock", "processor"), zip(*values, strict=True), strict=True):
             median = statistics.median(column)
             found |= {f"{kind}_{clock}_ms": 1e3 * median, f"{kind}_{clock}_rate": rows / median}
@@ -241,22 +251,25 @@ def main() -> int:
     }
     with tempfile.TemporaryDirectory() as folder:
         group = Group(size, f"{folder}/meeting", arguments.threads)
+        apart = Group(size, None, arguments.threads)
         print(
             f"{'':<8} {'batch':>5} {'MB':>6} {'sent MB':>8} {'all-reduce ms':>14} "
             f"{'1 process, ms':>14} {'rows/s':>8} {f'{size}, same batch':>15} "
-            f"{f'{size}, full batches':>16}"
+            f"{f'{size}, full batches':>16} {f'{size} apart':>13}"
         )
         for name in arguments.sizes.split(","):
-            found = measure(name, group, arguments.rounds, options)
+            found = measure(name, group, apart, arguments.rounds, options)
             results["sizes"][name] = found
             print(
                 f"{name:<8} {found['batch_size']:>5} {found['megabytes']:>6.1f} "
                 f"{found['sent_megabytes']:>8.1f} {found['exchange_ms']:>14.1f} "
                 f"{found['one_clock_ms']:>14.1f} {found['one_clock_rate']:>8.0f} "
-                f"{gain(found, 'same'):>15} {gain(found, 'full'):>16}",
+                f"{gain(found, 'same'):>15} {gain(found, 'full'):>16} "
+                f"{gain(found, 'apart'):>13}",
                 flush=True,
             )
         group.close()
+        apart.close()
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0

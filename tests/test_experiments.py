@@ -10,13 +10,15 @@ import numpy as np
 import pytest
 import torch
 
-from vadd_pyro import data, exact_distribution, experiments
+from vadd_pyro import data, exact_distribution, experiments, log_likelihood_bound, sample
 from vadd_pyro.checkpoints import write_json
 from vadd_pyro.cli import main
 from vadd_pyro.experiments import commands, drawing, report, training
+from vadd_pyro.experiments.evaluation import time_grids_of
 from vadd_pyro.experiments.presets import PRESETS, measures, preset
 from vadd_pyro.experiments.settings import Settings
 from vadd_pyro.experiments.store import build, load_data
+from vadd_pyro.process import make_time_grid
 
 SIZES = {"hidden_dim": 16, "num_blocks": 1, "latent_hidden_dim": 8}
 QUICK = {
@@ -275,6 +277,34 @@ def test_vadd_beats_the_baseline_at_one_step_on_tied_bits(folder, trained, tmp_p
     assert with_latent > without + 0.3
 
 
+def test_time_grids_are_those_with_the_best_bounds_on_validation_rows(trained):
+    run, _ = trained
+    equal = experiments.evaluate(run, progress=False, **FEW)
+    best = experiments.evaluate(run, progress=False, time_grids="best", **FEW)
+    assert best["title"] == f"{equal['title']}, best time grids"
+    assert best["grids"]["1"] == [0, 1]
+    assert len(best["grids"]["2"]) == 3
+    grids = time_grids_of(run, [2, 3, 16])
+    assert grids[2].tolist() == best["grids"]["2"]
+    assert grids[16].tolist() == [i / 16 for i in range(17)]
+    x = run.data.rows("valid")
+
+    def bound(grid):
+        # codes are summed out, so all noise is that of the reveal paths
+        pair = run.model, run.guide, run.process
+        found = log_likelihood_bound(*pair, x, time_grid=grid, num_draws=200, seed=1)
+        return float(found.value.mean()), float(found.stderr.norm()) / len(x)
+
+    for count in (2, 3):
+        (chosen, own), (plain, others) = map(bound, (grids[count], make_time_grid(count)))
+        assert chosen > plain - 3 * (own + others) - 0.01
+    drawn = drawing.draw(run, 50, (2,), time_grids="best")[2]
+    expected = sample(run.model, run.process, 50, time_grid=grids[2], seed=0)
+    assert (drawn == expected).all()
+    with pytest.raises(ValueError, match="time_grids must be one of equal, best, got 'good'"):
+        experiments.evaluate(run, progress=False, time_grids="good", **FEW)
+
+
 def result(title, seed, value, stderr=0.1):
     return {
         "title": title,
@@ -316,11 +346,11 @@ def test_a_report_puts_seeds_together_and_models_side_by_side(tmp_path):
     assert "VADD, codes (3 seeds)" in text
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert "test rows, 2 of them, 4 particles, 1 path" in text
-    write_json(tmp_path / "a" / report.FILE, found[0])
-    write_json(tmp_path / "a" / "same" / report.FILE, found[0])
+    write_json(tmp_path / "a" / report.FILES["equal"], found[0])
+    write_json(tmp_path / "a" / "same" / report.FILES["equal"], found[0])
     assert len(report.collect([tmp_path, tmp_path / "a"])) == 1  # a run counts once
     other = {**result("MDM", 0, -9.0), "fingerprint": "crc32 2"}
-    write_json(tmp_path / "b" / report.FILE, other)
+    write_json(tmp_path / "b" / report.FILES["equal"], other)
     with pytest.raises(ValueError, match=r"different data, bits \(3 positions, crc32 1\), bits"):
         report.collect([tmp_path])
     with pytest.raises(FileNotFoundError, match=r"no evaluation\.json"):
@@ -404,6 +434,15 @@ def test_tables_from_the_command_line(folder, tmp_path, capsys):
     assert main(command) == 0  # nothing is done twice
     assert (out / "vadd" / "seed0" / "evaluation.json").stat().st_mtime_ns == before
     capsys.readouterr()
+    options = ["--bound-steps", "1,2", "--sample-steps", "2", "--num-samples", "30"]
+    assert main(["evaluate", str(out), "--time-grids", "equal,best", *options, SMALL[-1]]) == 0
+    printed = capsys.readouterr().out
+    assert "MDM (2 seeds), MDM, best time grids (2 seeds), VADD, codes" in printed
+    assert (out / "vadd" / "seed0" / "evaluation.json").stat().st_mtime_ns == before
+    assert len(report.collect([out])) == 8
+    with pytest.raises(SystemExit):
+        main(["evaluate", str(out), "--time-grids", "good"])
+    assert "expected equal, best or both, got 'good'" in capsys.readouterr().err
     assert main(["sample", str(out / "vadd" / "seed0"), "--num-steps", "1,2"]) == 0
     rows = (out / "vadd" / "seed0" / "samples_2.csv").read_text().splitlines()
     assert len(rows) == 16

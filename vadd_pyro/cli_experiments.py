@@ -77,6 +77,14 @@ def _pair(text: str) -> tuple[str, Any]:
         return name.strip(), known.get(value.lower(), value)
 
 
+def _time_grids(text: str) -> list[str]:
+    names = separated(text)
+    for name in names:
+        if name not in ("equal", "best"):
+            raise argparse.ArgumentTypeError(f"expected equal, best or both, got {name!r}")
+    return names
+
+
 _NUMBER: dict[str, Any] = {"type": positive, "metavar": "N"}
 _PAIR: dict[str, Any] = {"type": _pair, "metavar": "NAME=VALUE", "action": "append"}
 _STEPS: dict[str, Any] = {"type": _steps, "metavar": "T[,T...]"}
@@ -89,6 +97,7 @@ _MEASURES = {
     "num_particles": "--num-particles",
     "num_paths": "--num-paths",
     "num_samples": "--num-samples",
+    "time_grids": "--time-grids",
     "one_token": "--no-one-token",
 }
 _OWN_OPTIONS = {"sizes": "--size", "data_options": "--data-option", "seed": "--seed"}
@@ -108,6 +117,12 @@ def _add_measures(add: Callable[..., Any]) -> None:
     add("--num-particles", help="importance samples per step", **_NUMBER)
     add("--num-paths", help="reveal paths averaged inside the logarithm", **_NUMBER)
     add("--num-samples", help="samples for each number of steps", **_NUMBER)
+    add(
+        "--time-grids",
+        type=_time_grids,
+        metavar="equal|best",
+        help="steps of equal length, those with the best bound on validation rows, or both",
+    )
 
 
 def _add_train(commands: Any) -> None:
@@ -183,6 +198,12 @@ def _add_sample(commands: Any) -> None:
     add("--latent", choices=("fresh", "shared"), default="fresh", help="one latent a step, or one")
     add("--order", default="random", help="random, confidence or entropy")
     add("--latent-temperature", type=float, default=1.0, metavar="X", help="spread of latents")
+    add(
+        "--time-grids",
+        choices=("equal", "best"),
+        default="equal",
+        help="steps of equal length, or those with the best bound on validation rows",
+    )
     _add_common(add)
 
 
@@ -342,6 +363,7 @@ def run(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> int |
             latent=arguments.latent,
             order=arguments.order,
             latent_temperature=arguments.latent_temperature,
+            time_grids=arguments.time_grids,
             seed=arguments.seed,
         )
     else:

@@ -80,7 +80,7 @@ def run_train(
         processes = Processes.current()
         with processes.together():
             if processes.first:
-                check_writable(out / report.FILE)
+                check_writable(out / report.FILES["equal"])
                 for one, folder in zip(plan, folders, strict=True):
                     check_folder(one, folder)  # before the first of them is trained
         if measure is not None and processes.alone:
@@ -131,21 +131,28 @@ def _measure(
     options: dict[str, Any],
     judge: Judge | None,
     progress: bool,
-) -> dict[str, Any]:
-    """Measure a run, keeping each result; what is known of these very weights is not repeated."""
+) -> list[dict[str, Any]]:
+    """Measure a run on each kind of time grids, keeping each result; what is known of these very
+    weights is not repeated.
+    """
+    kinds = options.get("time_grids", ["equal"])
     with locked_folder(folder):
-        return _measure_alone(run, folder, options, judge, progress)
+        return [
+            _measure_alone(
+                run, folder / report.FILES[kind], {**options, "time_grids": kind}, judge, progress
+            )
+            for kind in kinds
+        ]
 
 
 def _measure_alone(
     run: Experiment,
-    folder: Path,
+    path: Path,
     options: dict[str, Any],
     judge: Judge | None,
     progress: bool,
 ) -> dict[str, Any]:
-    path = folder / report.FILE
-    weights = f"crc32 {zlib.crc32((folder / 'run.pt').read_bytes()):08x}"
+    weights = f"crc32 {zlib.crc32((path.parent / 'run.pt').read_bytes()):08x}"
     same = {"fingerprint": run.data.fingerprint, "weights": weights}
     known = read_json(path) if path.exists() else {}
     if any(known.get(name) != value for name, value in same.items()):
@@ -173,7 +180,8 @@ def run_evaluate(
     Args:
         folders: run folders, or folders of them.
         out: where the report goes; by default the first folder.
-        options: of :func:`~vadd_pyro.experiments.evaluation.evaluate`.
+        options: of :func:`~vadd_pyro.experiments.evaluation.evaluate`, but ``time_grids`` is a
+            list of one kind or more.
         path: where the data are now, if they have moved.
         device: where to compute.
         progress: whether to show bars.
@@ -193,12 +201,12 @@ def run_evaluate(
     judge: Judge | None = None
     results = []
     for place in places:
-        check_writable(place / report.FILE)
+        check_writable(place / report.FILES["equal"])
         run = load(place, path, device=device)
         _say(f"{run.title}: {place}")
         if options["sample_steps"] and judge is None:
             judge = _judge_of(run.data, options)
-        results.append(_measure(run, place, options, judge, progress))
+        results += _measure(run, place, options, judge, progress)
     text = report.write_report(out, report.check_together(results))
     _say(f"wrote {out / 'summary.md'} and {out / 'quality.png'}")
     return text

@@ -15,6 +15,7 @@ from vadd_pyro import plotting
 from vadd_pyro.checkpoints import write_whole
 from vadd_pyro.data import DataSet
 from vadd_pyro.data.text import TextData
+from vadd_pyro.experiments.evaluation import time_grids_of
 from vadd_pyro.experiments.store import Experiment
 from vadd_pyro.infilling import infill
 from vadd_pyro.sampling import sample
@@ -41,6 +42,7 @@ def draw(
     latent: str = "fresh",
     order: str = "random",
     latent_temperature: float = 1.0,
+    time_grids: str = "equal",
     seed: int = 0,
 ) -> dict[int, Tensor]:
     """Samples for each number of steps, ``(num_samples, D)`` long each.
@@ -50,14 +52,18 @@ def draw(
         num_samples: how many for each.
         num_steps: numbers of steps.
         latent, order, latent_temperature: as in :func:`vadd_pyro.sample`.
+        time_grids: of equal steps, or the best ones, see
+            :func:`~vadd_pyro.experiments.evaluation.time_grids_of`.
         seed: the same for each.
     """
+    grids = {} if time_grids == "equal" else time_grids_of(run, num_steps, time_grids, seed=seed)
     return {
         steps: sample(
             run.model,
             run.process,
             num_samples,
             steps,
+            time_grid=grids.get(steps),
             latent=latent,
             order=order,
             latent_temperature=latent_temperature,

@@ -9,12 +9,17 @@ r"""What is measured of a trained pair: bounds on its likelihood, and the qualit
   entropy; tables by the two-sample test. The same figures of real rows stand beside: of training
   rows against test rows, and for bits under an n-gram model, which knows the training text by
   heart, of test rows.
+
+Steps are of equal length, or those of the grid with the best bound on validation rows
+(:mod:`vadd_pyro.grids`): a latent that couples what the first step reveals lets that step be a
+long one, a model without wants it short.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -25,9 +30,10 @@ from tqdm.auto import tqdm
 from vadd_pyro.data import DataSet
 from vadd_pyro.data.text import TextData
 from vadd_pyro.experiments.store import Experiment
+from vadd_pyro.grids import best_path, step_terms
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
 from vadd_pyro.one_token import one_token_bound
-from vadd_pyro.process import check_size
+from vadd_pyro.process import check_size, make_time_grid
 from vadd_pyro.quality import (
     ImageFeatures,
     NGramModel,
@@ -38,7 +44,7 @@ from vadd_pyro.quality import (
 )
 from vadd_pyro.sampling import sample
 
-__all__ = ["QUALITY", "Judge", "evaluate"]
+__all__ = ["QUALITY", "TIME_GRIDS", "Judge", "evaluate", "time_grids_of"]
 
 Row = dict[str, Any]
 QUALITY = {
@@ -50,6 +56,8 @@ QUALITY = {
     "entropy": "entropy, bits",
     "row_entropy": "entropy within a row, bits",
 }
+TIME_GRIDS = ("equal", "best")
+_CANDIDATES = 16
 _ORDERS = (1, 2, 3, 4)
 _MODEL_ORDER = 5
 
@@ -141,6 +149,53 @@ def _rows(metric: str, found: Sequence[float]) -> list[Row]:
     return rows
 
 
+def time_grids_of(
+    run: Experiment,
+    steps: Iterable[int],
+    kind: str = "best",
+    *,
+    num_rows: int = 100,
+    num_particles: int = 16,
+    seed: int = 0,
+) -> dict[int, Tensor]:
+    """A time grid for each number of steps.
+
+    Args:
+        run: a trained pair.
+        steps: the numbers of steps.
+        kind: ``"equal"``, or ``"best"``: the best T-step bound on validation rows, among grids
+            whose points are sixteenths or points of an equal grid asked for. Beyond eight steps
+            there is little to choose between, and all are equal.
+        num_rows: validation rows.
+        num_particles: importance samples per step.
+        seed: of the choice.
+
+    Returns:
+        Grids ``(T + 1,)`` in double precision, by ``T``.
+
+    Raises:
+        ValueError: for another kind.
+    """
+    if kind not in TIME_GRIDS:
+        raise ValueError(f"time_grids must be one of {', '.join(TIME_GRIDS)}, got {kind!r}")
+    grids = {count: make_time_grid(count) for count in steps}
+    few = [count for count in grids if 1 < count <= _CANDIDATES // 2]
+    if kind == "equal" or not few:
+        return grids
+    points = {Fraction(i, count) for count in (_CANDIDATES, *few) for i in range(count + 1)}
+    candidates = torch.tensor(sorted(map(float, points)), dtype=torch.double)
+    terms = step_terms(
+        run.model,
+        run.guide,
+        run.process,
+        run.data.rows("valid", min(num_rows, len(run.data.valid)), seed),
+        candidates,
+        num_particles=num_particles,
+        seed=seed,
+    )
+    return grids | {count: candidates[best_path(terms, count)] for count in few}
+
+
 def _in_pieces(
     bound: Callable[..., Bound], x: Tensor, seed: int, what: str, progress: bool
 ) -> list[float]:
@@ -167,6 +222,7 @@ def evaluate(
     one_token_rows: int | None = None,
     one_token_terms: int | None = None,
     num_samples: int = 2000,
+    time_grids: str = "equal",
     seed: int = 0,
     judge: Judge | None = None,
     known: Mapping[str, Any] | None = None,
@@ -190,6 +246,7 @@ def evaluate(
         one_token_terms: steps of each path that are scored, drawn at random, of one path then; all
             by default.
         num_samples: samples for each number of steps.
+        time_grids: whose steps are taken, see :func:`time_grids_of`.
         seed: of all of it.
         judge: what judges the samples; a new one by default.
         known: an earlier result for the same pair and data: what was measured the same way is
@@ -199,8 +256,9 @@ def evaluate(
 
     Returns:
         Plain values: ``"bounds"`` (each with its values by row, and how it was taken),
-        ``"quality"``, ``"floor"``, and what run it was.
+        ``"quality"``, ``"floor"``, and what run it was; of the best time grids ``"grids"``, too.
     """
+    grids = time_grids_of(run, [*bound_steps, *sample_steps], time_grids, seed=seed)
     if sample_steps and judge is None:
         judge = Judge(run.data, num_samples, seed)
     stored = getattr(run.data, split) if split in ("train", "valid", "test") else ()
@@ -220,6 +278,10 @@ def evaluate(
         "quality": list(known.get("quality", [])),
         "floor": list(known.get("floor", [])) if judge is None else judge.floor,
     }
+    if time_grids != "equal":
+        result["title"] += f", {time_grids} time grids"
+        told = {str(count): grid.tolist() for count, grid in grids.items()}
+        result["grids"] = {**known.get("grids", {}), **told}
 
     def bounded(steps: int | str, bound: Any, rows: Tensor, paths: int, terms: int | None) -> None:
         taken = {**how, "rows": len(rows), "num_paths": paths, "num_terms": terms}
@@ -236,7 +298,7 @@ def evaluate(
             keep(result)
 
     for num_steps in bound_steps:
-        bound = partial(log_likelihood_bound, num_steps=num_steps)
+        bound = partial(log_likelihood_bound, time_grid=grids[num_steps])
         bounded(num_steps, bound, x, num_paths, None)
     if one_token:
         bound = partial(one_token_bound, num_terms=one_token_terms)
@@ -251,7 +313,7 @@ def evaluate(
             run.model,
             run.process,
             num_samples,
-            num_steps,
+            time_grid=grids[num_steps],
             seed=seed,
         )
         rows = judge(drawn.cpu())

@@ -20,9 +20,9 @@ from vadd_pyro.checkpoints import read_json, write_json, write_whole
 from vadd_pyro.experiments.drawing import write_figure
 from vadd_pyro.experiments.evaluation import QUALITY
 
-__all__ = ["FILE", "check_same_data", "check_together", "collect", "summary", "write_report"]
+__all__ = ["FILES", "check_same_data", "check_together", "collect", "summary", "write_report"]
 
-FILE = "evaluation.json"
+FILES = {"equal": "evaluation.json", "best": "evaluation_best.json"}  # by time grids
 _ONE_TOKEN = "one token"
 _BITS = 1 / math.log(2)
 
@@ -51,9 +51,15 @@ def collect(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
         FileNotFoundError: if nothing was.
         ValueError: if the data are not the same everywhere; for a file that is none of ours.
     """
-    paths = {p.resolve() for folder in folders for p in Path(folder).rglob(FILE)}
+    paths = {
+        path.resolve()
+        for folder in folders
+        for name in FILES.values()
+        for path in Path(folder).rglob(name)
+    }
     if not paths:
-        raise FileNotFoundError(f"no {FILE} in {', '.join(map(str, folders))} or below")
+        where = ", ".join(map(str, folders))
+        raise FileNotFoundError(f"no {FILES['equal']} in {where} or below")
     found = []
     for path in sorted(paths):
         result = read_json(path)
@@ -70,7 +76,7 @@ def check_together(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ValueError: if the data are not the same everywhere.
     """
     check_same_data((r["data"], r["length"], r["fingerprint"]) for r in results)
-    once = {json.dumps(r["settings"], sort_keys=True): r for r in results}
+    once = {json.dumps([r["title"], r["settings"]], sort_keys=True): r for r in results}
     return list(once.values())
 
 
@@ -90,7 +96,7 @@ def _models(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     """Results by model, MDM first; models of one title but other settings are told apart."""
     groups: dict[str, list[dict[str, Any]]] = {}
     kinds: dict[str, list[Any]] = {}
-    for result in sorted(results, key=lambda r: r["title"] != "MDM"):
+    for result in sorted(results, key=lambda r: r["settings"].get("model") != "mdm"):
         kind = {k: v for k, v in result["settings"].items() if k != "seed"}
         known = kinds.setdefault(result["title"], [])
         if kind not in known:
