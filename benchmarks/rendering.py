@@ -102,6 +102,7 @@ def speed(record: Record) -> str:
         user, package, graph = TARGETS[name]
         other = numpyro_ratio(record, seconds, name, "yardstick")
         compiled = seconds["compiled"] / base
+        half = seconds.get("compiled bfloat16")  # older records have none
         rows.append(
             [
                 name,
@@ -113,11 +114,12 @@ def speed(record: Record) -> str:
                 ratio(compiled, graph),
                 ratio(other),
                 ratio(None if other is None else compiled / other),
+                ratio(None if half is None else half / base),
             ]
         )
     head = ["size", "", "by hand, ms", "by hand, `torch.compile`", "user model (target)"]
     head += ["package (target)", "package, one graph (target)", "NumPyro, jit"]
-    head += ["one graph / NumPyro"]
+    head += ["one graph / NumPyro", "one graph, bfloat16"]
     note = numpyro_note(record, "training")
     return f"{caption(record)}\n\n{table(head, rows)}{note}"
 

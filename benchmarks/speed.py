@@ -2,8 +2,8 @@
 
 Networks and arithmetic are equal on both sides; variants take turns, and what is printed is the
 ratio of medians over the rounds to the hand-written loop (``hand.py``) as it stands. That loop
-under ``torch.compile``, the whole update as one graph, and the same in NumPyro where that is
-installed, take part. Usage:
+under ``torch.compile``, the whole update as one graph (in bfloat16, too), and the same in NumPyro
+where that is installed, take part. Usage:
 
     python benchmarks/speed.py [--sizes tiny,toy256] [--rounds 30] [--threads 1] [--json FILE]
 
@@ -134,7 +134,7 @@ def time_training(name: str, rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     x_0 = torch.randint(size.vocab_size, (size.batch_size, size.length))
     decoder, encoder = networks(size, process)
-    pairs = [copy.deepcopy((decoder, encoder)) for _ in range(6)]
+    pairs = [copy.deepcopy((decoder, encoder)) for _ in range(7)]
     prior = models.StandardNormal(size.latent_dim)
     elbo = MaskedDiffusionELBO(process)
 
@@ -148,6 +148,7 @@ def time_training(name: str, rounds: int) -> dict[str, float]:
         "user": program_step(elbo, *user, x_0),
         "package": program_step(elbo, *programs(pairs[2]), x_0),
         "compiled": graph_step(elbo, *programs(pairs[3]), x_0),
+        "compiled bfloat16": graph_step(elbo, *programs(pairs[6]), x_0, half=True),
     }
     other = numpyro_step(size, pairs[4], x_0)
     if other is not None:
@@ -173,7 +174,8 @@ def main() -> int:
     }
     print(
         f"{'training step':<14} {'yardstick ms':>13} {'compiled':>9} {'user model':>11} "
-        f"{'target':>7} {'package':>8} {'target':>7} {'compiled':>9} {'target':>7} {'numpyro':>8}"
+        f"{'target':>7} {'package':>8} {'target':>7} {'compiled':>9} {'target':>7} "
+        f"{'bfloat16':>9} {'numpyro':>8}"
     )
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         for name in names:
@@ -186,7 +188,8 @@ def main() -> int:
                 f"{name:<14} {1e3 * base:>13.3f} {seconds['yardstick compiled'] / base:>9.3f} "
                 f"{seconds['user'] / base:>11.3f} {targets[0]:>7} "
                 f"{seconds['package'] / base:>8.3f} {targets[1]:>7} "
-                f"{seconds['compiled'] / base:>9.3f} {targets[2]:>7} {other}",
+                f"{seconds['compiled'] / base:>9.3f} {targets[2]:>7} "
+                f"{seconds['compiled bfloat16'] / base:>9.3f} {other}",
                 flush=True,
             )
     if arguments.json:

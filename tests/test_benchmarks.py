@@ -168,6 +168,7 @@ def training(numpyro: float | None = None) -> dict:
         "user": 0.003,
         "package": 0.0022,
         "compiled": 0.0005,
+        "compiled bfloat16": 0.0004,
     }
     seconds |= {} if numpyro is None else {"numpyro": numpyro}
     return {"conditions": CONDITIONS, "rounds": 9, "training": {"tiny": seconds}}
@@ -178,7 +179,7 @@ def test_ratios_are_told_with_their_targets_and_conditions(bench):
     assert "2026-01-02: a processor, 2 cores; torch 2.0" in text
     assert "medians of 9 alternated rounds; load average 0.25" in text
     cells = [cell.strip() for cell in text.splitlines()[-1].split("|")[3:-1]]
-    assert cells == ["2.00", "0.50", "1.50 (1.70)", "1.10", "0.25 (0.25)", "0.50", "0.50"]
+    assert cells == ["2.00", "0.50", "1.50 (1.70)", "1.10", "0.25 (0.25)", "0.50", "0.50", "0.20"]
 
 
 def test_columns_of_numpyro_are_kept_from_the_last_time_it_was_there(bench):
