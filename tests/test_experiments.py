@@ -11,7 +11,7 @@ import pytest
 import torch
 
 from vadd_pyro import data, exact_distribution, experiments, log_likelihood_bound, sample
-from vadd_pyro.checkpoints import write_json
+from vadd_pyro.checkpoints import read_json, write_json
 from vadd_pyro.cli import main
 from vadd_pyro.experiments import commands, drawing, report, training
 from vadd_pyro.experiments.evaluation import time_grids_of
@@ -281,10 +281,11 @@ def test_time_grids_are_those_with_the_best_bounds_on_validation_rows(trained):
     run, _ = trained
     equal = experiments.evaluate(run, progress=False, **FEW)
     best = experiments.evaluate(run, progress=False, time_grids="best", **FEW)
-    assert best["title"] == f"{equal['title']}, best time grids"
+    assert best["time_grids"] == "best"
+    assert best["bounds"][0] == equal["bounds"][0]  # one step has but one grid
     assert best["grids"]["1"] == [0, 1]
     assert len(best["grids"]["2"]) == 3
-    grids = time_grids_of(run, [2, 3, 16])
+    grids = time_grids_of(run, [16, 3, 2])  # each by itself
     assert grids[2].tolist() == best["grids"]["2"]
     assert grids[16].tolist() == [i / 16 for i in range(17)]
     x = run.data.rows("valid")
@@ -303,6 +304,12 @@ def test_time_grids_are_those_with_the_best_bounds_on_validation_rows(trained):
     assert (drawn == expected).all()
     with pytest.raises(ValueError, match="time_grids must be one of equal, best, got 'good'"):
         experiments.evaluate(run, progress=False, time_grids="good", **FEW)
+    with pytest.raises(ValueError, match="are chosen on validation rows"):
+        experiments.evaluate(run, progress=False, time_grids="best", split="valid", **FEW)
+    with pytest.raises(
+        ValueError, match="time_grids must be 'equal' with order='entropy_bounded'"
+    ):
+        drawing.draw(run, 5, (2,), order="entropy_bounded", time_grids="best")
 
 
 def result(title, seed, value, stderr=0.1):
@@ -343,6 +350,11 @@ def test_a_report_puts_seeds_together_and_models_side_by_side(tmp_path):
     (mdm,) = [line for line in lines if line.startswith("| MDM | -")]
     assert mdm == "| MDM | -10.000 ± 0.100 | -11.000 ± 0.100 |"
     assert lines.index(mdm) < lines.index(vadd)
+    other = [{**found[0], "settings": {**found[0]["settings"], "num_codes": 9}}, found[3]]
+    best = [{**r, "time_grids": "best"} for r in other]
+    told = report.summary([*found, *other[:1], *best])
+    assert "MDM, MDM, best time grids, VADD, codes (3 seeds), VADD, codes (2), " in told
+    assert ", VADD, codes (2), best time grids." in told
     assert "VADD, codes (3 seeds)" in text
     assert (tmp_path / "quality.png").stat().st_size > 10_000
     assert "test rows, 2 of them, 4 particles, 1 path" in text
@@ -438,11 +450,21 @@ def test_tables_from_the_command_line(folder, tmp_path, capsys):
     assert main(["evaluate", str(out), "--time-grids", "equal,best", *options, SMALL[-1]]) == 0
     printed = capsys.readouterr().out
     assert "MDM (2 seeds), MDM, best time grids (2 seeds), VADD, codes" in printed
+    best = read_json(out / "vadd" / "seed0" / "evaluation_best.json")
+    known = read_json(out / "vadd" / "seed0" / "evaluation.json")
+    assert {str(row["num_steps"]) for row in best["bounds"]} == {"1", "2", "one token"}
+    own = {row["num_steps"]: row for row in best["bounds"]}
+    assert own["one token"] == known["bounds"][-1]  # as it was
+    assert own[2]["time_grid"] in (best["grids"]["2"], None)
+    with pytest.raises(
+        ValueError, match=r"time_grids must be some of equal, best, got \['good'\]"
+    ):
+        commands.run_evaluate([out], None, {**FEW, "time_grids": ["good"]})
     assert (out / "vadd" / "seed0" / "evaluation.json").stat().st_mtime_ns == before
     assert len(report.collect([out])) == 8
     with pytest.raises(SystemExit):
         main(["evaluate", str(out), "--time-grids", "good"])
-    assert "expected equal, best or both, got 'good'" in capsys.readouterr().err
+    assert "expected equal or best, got 'good'" in capsys.readouterr().err
     assert main(["sample", str(out / "vadd" / "seed0"), "--num-steps", "1,2"]) == 0
     rows = (out / "vadd" / "seed0" / "samples_2.csv").read_text().splitlines()
     assert len(rows) == 16

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from functools import partial
 
 import pyro
 import pyro.distributions as dist
@@ -42,7 +43,7 @@ from vadd_pyro.distributions import (
 )
 from vadd_pyro.grids import step_terms
 from vadd_pyro.nn import MLPDecoder, MLPEncoder, MLPFeatures, StateEncoder, StateFeatures
-from vadd_pyro.one_token import one_token_bound
+from vadd_pyro.one_token import one_token_bound, one_token_grid
 from vadd_pyro.sampling import seeded
 from vadd_pyro.times import GridTimes
 
@@ -714,6 +715,76 @@ def test_steps_without_latent_take_one_particle():
     (found, wanted), above = [t.mean(0) for t in terms], torch.ones(5, 5).triu(1).bool()
     error = sum(t.var(0) / 12 for t in terms).sqrt()
     assert ((found - wanted).abs() < 5 * error)[above].all()
+
+
+def tied_by_sign(x_t, z, t):
+    """All tokens are said by the sign of the latent."""
+    sign = 30 * z[..., :1].sign().unsqueeze(-2).expand(*z.shape[:-1], x_t.shape[-1], 1)
+    return torch.cat([-sign, sign], -1)
+
+
+def test_least_time_is_compared_in_the_precision_of_the_programs():
+    # A time of the grid one unit of double precision below least_time has a latent in the
+    # programs, which are told single precision: the bound has to see it as they do.
+    process, prior = MaskingProcess(2, 20), models.StandardNormal(1)
+    grid = one_token_grid(process)
+    assert float(grid[9]) < 0.45
+    assert float(grid.float()[9]) >= torch.tensor(0.45)
+    model = models.VADD(tied_by_sign, prior, least_time=0.45)
+
+    def guide(batch):
+        side = 4.0 * (2 * batch.x_0[:, :1] - 1)
+        with pyro.plate("data", len(batch), dim=-1):
+            pyro.sample("z", dist.Normal(side, 1.0).to_event(1))
+
+    rows = torch.zeros(4, 20, dtype=torch.long)
+    common = dict(num_particles=64, num_draws=40, seed=0)
+    found = one_token_bound(model, guide, process, rows, **common)
+    # Without latent the logits are zero: each of 8 tokens is a fair coin, as are the 12 before.
+    assert float(found.value.mean()) < -20 * math.log(2) + 3 * float(found.stderr.mean())
+    terms = step_terms(model, guide, process, rows, torch.tensor([0, 0.25, 0.45, 1.0]), seed=0)
+    assert float(terms[0, 1]) == pytest.approx(-5 * math.log(2), rel=0.4)
+
+
+def test_a_model_that_uses_its_latent_where_it_says_it_does_not_is_refused():
+    class Careless(models.VADD):
+        def _in_use(self, z, batch):
+            return z
+
+    process, prior = MaskingProcess(2, 6), models.StandardNormal(1)
+    model = Careless(tied_by_sign, prior, least_time=1.0)
+    guide = guides.RelativeNormal(MLPFeatures(process, **SIZES), 1, prior, least_time=1.0)
+    rows = torch.zeros(4, 6, dtype=torch.long)
+    for bound in (one_token_bound, partial(log_likelihood_bound, num_steps=2)):
+        with pytest.raises(ValueError, match=r"Careless has least_time = 1.0, but its law of the"):
+            bound(model, guide, process, rows, seed=0)
+    model.least_time = None
+    with pytest.raises(ValueError, match=r"least_time must be a time in \[0, 1\], got None"):
+        one_token_bound(model, guide, process, rows, seed=0)
+    model.least_time = 0.0
+    assert bound(model, guide, process, rows, seed=0).value.isfinite().all()
+    with pytest.raises(ValueError, match="batch_size must be"):
+        bound(model, guide, process, rows, batch_size=0)
+
+
+def test_the_guide_has_no_say_where_there_is_no_latent():
+    prior, other = models.LearnedNormal(2), models.LearnedNormal(2)
+    torch.nn.init.constant_(next(iter(other.parameters())), 0.5)
+    torch.manual_seed(3)
+    decoder = MLPDecoder(PROCESS, 2, **SIZES)
+    torch.nn.init.normal_(decoder.head.weight)
+    model = models.VADD(decoder, prior, least_time=1.0)
+    features = MLPFeatures(PROCESS, **SIZES)
+    rows = all_rows(3, 2)
+    values = []
+    for law in (prior, other):  # a guide that was fitted with a copy of the prior
+        guide = guides.RelativeNormal(features, 2, law, least_time=1.0)
+        found = log_likelihood_bound(
+            *(model, guide, PROCESS, rows, 64), num_particles=64, num_draws=400, seed=0
+        )
+        values.append(found)
+    error = (values[0].stderr ** 2 + values[1].stderr ** 2).sqrt()
+    assert ((values[0].value - values[1].value).abs() < 4.5 * error + 0.01).all()
 
 
 def test_a_latent_of_late_steps_is_one_that_can_be_trained():

@@ -30,7 +30,7 @@ LAYERS = [
     {"annealing", "batching", "compiling", "divergences", "estimators", "densities"},
     {"exchange", "quality", "resuming"},
     {"elbo", "orders", "sampling", "stepping", "tempering"},
-    {"compiled", "integration"},
+    {"compiled", "integration", "scoring"},
     {"chain", "exact", "grids", "infilling", "information", "likelihood", "monitor", "trainer"},
     {"inspection", "training", "one_token"},
     {"demo", "cells", "compare", "panels", "report", "runs", "zoo"},

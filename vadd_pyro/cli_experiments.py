@@ -8,7 +8,15 @@ from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from vadd_pyro.names import BACKBONES, DATA_SETS, MODELS, PRECISIONS, check, check_preset
+from vadd_pyro.names import (
+    BACKBONES,
+    DATA_SETS,
+    MODELS,
+    PRECISIONS,
+    TIME_GRIDS,
+    check,
+    check_preset,
+)
 
 __all__ = ["add_commands", "known", "positive", "run", "seed", "separated"]
 
@@ -80,8 +88,8 @@ def _pair(text: str) -> tuple[str, Any]:
 def _time_grids(text: str) -> list[str]:
     names = separated(text)
     for name in names:
-        if name not in ("equal", "best"):
-            raise argparse.ArgumentTypeError(f"expected equal, best or both, got {name!r}")
+        if name not in TIME_GRIDS:
+            raise argparse.ArgumentTypeError(f"expected {' or '.join(TIME_GRIDS)}, got {name!r}")
     return names
 
 
@@ -120,8 +128,9 @@ def _add_measures(add: Callable[..., Any]) -> None:
     add(
         "--time-grids",
         type=_time_grids,
-        metavar="equal|best",
-        help="steps of equal length, those with the best bound on validation rows, or both",
+        metavar="equal[,best]",
+        help="steps of equal length (default), those with the best bound on validation rows, or "
+        "both, side by side",
     )
 
 
@@ -173,7 +182,8 @@ def _add_evaluate(commands: Any) -> None:
         help="bounds on the likelihood and the quality of samples of trained models",
         description="Measure all runs in the folders named, and below them: T-step bounds on test "
         "rows with standard errors, and samples of few steps against real rows. Writes "
-        "evaluation.json beside each run, and summary.md and quality.png of all together.",
+        "evaluation.json (of the best time grids evaluation_best.json) beside each run, and "
+        "summary.md and quality.png of all together.",
     )
     add = evaluate.add_argument
     add("run", nargs="+", metavar="RUN", help="run folders, or folders of them; of one data set")
@@ -200,9 +210,10 @@ def _add_sample(commands: Any) -> None:
     add("--latent-temperature", type=float, default=1.0, metavar="X", help="spread of latents")
     add(
         "--time-grids",
-        choices=("equal", "best"),
+        choices=TIME_GRIDS,
         default="equal",
-        help="steps of equal length, or those with the best bound on validation rows",
+        help="steps of equal length, or those with the best bound on validation rows, by fresh "
+        "latents and the random order; default equal",
     )
     _add_common(add)
 

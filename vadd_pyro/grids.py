@@ -16,7 +16,8 @@ step of the fine grid in which it is revealed, which says for every pair what is
 and revealed by ``s``. Pairs with the same ``t`` and, in a row, the same ``S`` share one network
 call, and those that reveal nothing need none, so that ``N`` candidates and ``D`` positions cost at
 most ``N min(N, D)`` rows of network input for each row of data, times the particles; from times
-without latent, where ``c(s, t)`` is ``rho(s, t)`` times the score of all that is masked, one.
+without latent, where ``c(s, t)`` is ``rho(s, t)`` times the score of all that is masked, one row
+each.
 
 References:
     Watson et al. 2021, "Learning to Efficiently Sample from Diffusion Probabilistic Models" (arXiv
@@ -31,10 +32,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadd_pyro.likelihood import StepScores
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size, make_time_grid
 from vadd_pyro.programs import evaluation
 from vadd_pyro.sampling import device_of, seeded
+from vadd_pyro.scoring import StepScores
 
 __all__ = ["best_path", "optimize_time_grid", "step_terms"]
 
@@ -146,8 +147,7 @@ def step_terms(
         for _ in range(num_draws):
             paths = process.reveal_steps(tuple(x_0.shape), candidates, x_0.device)
             for j in range(1, len(candidates)):
-                has_latent = float(candidates[j]) >= scores.least_time
-                terms = _terms_from if has_latent else _factorised
+                terms = _terms_from if scores.has_latent[j] else _factorised
                 total[:j, j] += terms(process, x_0, paths, candidates, j, scores)
     above = torch.ones_like(total, dtype=torch.bool).triu(1)
     return (total / num_draws).masked_fill(~above, -torch.inf)
@@ -173,9 +173,8 @@ def _terms_from(
     if len(rows):
         batch = process.step_batch(x_0[rows], paths[rows], j, grid)
         target = batch.masked & (paths[rows] >= last.unsqueeze(-1))
-        values[rows, last] = scores(
-            MaskedBatch(batch.x_t, batch.t, batch.masked, target, batch.x_0)
-        )
+        part = MaskedBatch(batch.x_t, batch.t, batch.masked, target, batch.x_0)
+        values[rows, last] = scores(part, has_latent=True)
     terms = []
     current = torch.zeros_like(values[:, 0])
     for i in range(j - 1, -1, -1):

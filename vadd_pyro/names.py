@@ -25,6 +25,7 @@ __all__ = [
     "PRESETS",
     "PRIORS",
     "TIMES",
+    "TIME_GRIDS",
     "TOYS",
     "check",
     "check_preset",
@@ -57,6 +58,7 @@ DATA_SETS = tuple(PRESETS)
 MODELS = ("vadd", "mdm")
 BACKBONES = ("mlp", "residual", "pixel", "unet", "transformer")
 PRECISIONS = ("float32", "bfloat16")
+TIME_GRIDS = ("equal", "best")
 PRIORS = {
     "none": "MDM (no latent)",
     "standard_normal": "N(0, I)",

@@ -26,8 +26,8 @@ through what is visible. A mean of logarithms over orders is again the path-wise
     \log p(x_j \mid x_t) ,
 
 and several orders inside the logarithm close the gap, as in :mod:`vadd_pyro.likelihood`. A model
-without latent says all terms of the inner mean in one network call, and they are all taken; with a
-latent one position is drawn, and the guide is asked for that target.
+without latent in that step says all terms of the inner mean in one network call, and they are all
+taken; with a latent one position is drawn, and the guide is asked for that target.
 
 References:
     Uria et al. 2014 (arXiv 1310.1757) and Hoogeboom et al. 2022 (arXiv 2110.02037) for the bound
@@ -42,10 +42,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vadd_pyro.likelihood import Bound, StepScores, average_paths
+from vadd_pyro.likelihood import Bound, average_paths
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 from vadd_pyro.programs import evaluation
 from vadd_pyro.sampling import device_of, seeded
+from vadd_pyro.scoring import StepScores
 
 __all__ = ["one_token_bound", "one_token_grid", "random_scores"]
 

@@ -17,7 +17,7 @@ from vadd_pyro.data import DataSet
 from vadd_pyro.data.text import TextData
 from vadd_pyro.distributed import Processes, joined
 from vadd_pyro.experiments import drawing, report
-from vadd_pyro.experiments.evaluation import Judge, evaluate
+from vadd_pyro.experiments.evaluation import Judge, evaluate, searched
 from vadd_pyro.experiments.settings import Settings
 from vadd_pyro.experiments.store import (
     Experiment,
@@ -29,6 +29,7 @@ from vadd_pyro.experiments.store import (
 from vadd_pyro.experiments.training import train
 from vadd_pyro.inspection import inspect_pair
 from vadd_pyro.locks import locked_folder
+from vadd_pyro.names import TIME_GRIDS
 from vadd_pyro.runs import FILE, find_runs, told
 
 __all__ = ["run_evaluate", "run_infill", "run_inspect", "run_sample", "run_train"]
@@ -58,8 +59,7 @@ def run_train(
         settings: one for each model, all of the same data.
         out: the run folder; where there are several runs, ``out/<model>/seed<n>``.
         num_seeds: seeds, counted from that of the settings.
-        measure: arguments of :func:`~vadd_pyro.experiments.evaluation.evaluate`, None not to
-            measure.
+        measure: as ``options`` of :func:`run_evaluate`, None not to measure.
         checkpoint_every: updates between two checkpoints.
         accumulate: into how many parts each process divides its rows of a batch.
         device: where to compute.
@@ -75,6 +75,9 @@ def run_train(
     alone = len(plan) == 1
     folders = [out if alone else out / one.model / f"seed{one.seed}" for one in plan]
     judge = None
+    if measure is not None:
+        _kinds(measure)
+    results: list[dict[str, Any]] = []
     waiting: list[tuple[Experiment, Path]] = []
     with joined(device or "cpu") as device:
         processes = Processes.current()
@@ -100,15 +103,15 @@ def run_train(
                 minutes = sum(run.seconds.values()) / 60
                 _say(f"trained for {minutes:.1f} minutes; wrote {folder / 'run.pt'}")
             if measure is not None and processes.alone:
-                _measure(run, folder, measure, judge, progress)
+                results += _measure(run, folder, measure, judge, progress)
             elif measure is not None and processes.first:
                 waiting.append((run, folder))  # the others are not to wait for it
     if measure is not None and processes.first:
         if waiting:
             judge = _judge(plan[0], measure)
         for run, folder in waiting:
-            _measure(run, folder, measure, judge, progress)
-        print(report.write_report(out, report.collect(folders)))
+            results += _measure(run, folder, measure, judge, progress)
+        print(report.write_report(out, report.check_together(results)))
         _say(f"wrote {out / 'summary.md'} and {out / 'quality.png'}")
     return folders
 
@@ -125,6 +128,19 @@ def _judge_of(data: DataSet, options: dict[str, Any]) -> Judge:
     return judge
 
 
+def _kinds(options: dict[str, Any]) -> list[str]:
+    """Kinds of time grids that are asked for.
+
+    Raises:
+        ValueError: for others than those known.
+    """
+    asked = options.get("time_grids", "equal")
+    asked = [asked] if isinstance(asked, str) else list(asked)
+    if not asked or not set(asked) <= set(TIME_GRIDS):
+        raise ValueError(f"time_grids must be some of {', '.join(TIME_GRIDS)}, got {asked}")
+    return [kind for kind in TIME_GRIDS if kind in asked]
+
+
 def _measure(
     run: Experiment,
     folder: Path,
@@ -135,35 +151,46 @@ def _measure(
     """Measure a run on each kind of time grids, keeping each result; what is known of these very
     weights is not repeated.
     """
-    kinds = options.get("time_grids", ["equal"])
     with locked_folder(folder):
         return [
-            _measure_alone(
-                run, folder / report.FILES[kind], {**options, "time_grids": kind}, judge, progress
-            )
-            for kind in kinds
+            _measure_alone(run, folder, {**options, "time_grids": kind}, judge, progress)
+            for kind in _kinds(options)
         ]
 
 
 def _measure_alone(
     run: Experiment,
-    path: Path,
+    folder: Path,
     options: dict[str, Any],
     judge: Judge | None,
     progress: bool,
 ) -> dict[str, Any]:
-    weights = f"crc32 {zlib.crc32((path.parent / 'run.pt').read_bytes()):08x}"
+    weights = f"crc32 {zlib.crc32((folder / 'run.pt').read_bytes()):08x}"
     same = {"fingerprint": run.data.fingerprint, "weights": weights}
-    known = read_json(path) if path.exists() else {}
-    if any(known.get(name) != value for name, value in same.items()):
-        known = {}
+
+    def read(kind: str) -> dict[str, Any]:
+        path = folder / report.FILES[kind]
+        known = read_json(path) if path.exists() else {}
+        return known if all(known.get(name) == value for name, value in same.items()) else {}
+
+    kind = options["time_grids"]
+    path, stored = folder / report.FILES[kind], read(kind)
+    known = stored
+    if kind == "best":  # where there is but one grid, what is known of equal steps serves
+        other = read("equal")
+        for name in ("bounds", "quality"):
+            own = {row["num_steps"] for row in known.get(name, [])}
+            new = (row for row in other.get(name, []) if row["num_steps"] not in own)
+            more = [row for row in new if not searched(row["num_steps"])]
+            if more:
+                known = {**known, name: [*known.get(name, []), *more]}
     measured: list[dict[str, Any]] = []
 
     def keep(found: dict[str, Any]) -> None:
         measured.append(write_json(path, {**found, **same}))
 
     result = evaluate(run, judge=judge, known=known, keep=keep, progress=progress, **options)
-    return {**result, **same} if known and not measured else write_json(path, {**result, **same})
+    return {**result, **same} if stored and not measured else write_json(path, {**result, **same})
 
 
 def run_evaluate(
@@ -180,8 +207,8 @@ def run_evaluate(
     Args:
         folders: run folders, or folders of them.
         out: where the report goes; by default the first folder.
-        options: of :func:`~vadd_pyro.experiments.evaluation.evaluate`, but ``time_grids`` is a
-            list of one kind or more.
+        options: of :func:`~vadd_pyro.experiments.evaluation.evaluate`, but ``time_grids`` may
+            be several kinds.
         path: where the data are now, if they have moved.
         device: where to compute.
         progress: whether to show bars.
@@ -194,6 +221,7 @@ def run_evaluate(
     """
     places = dict.fromkeys(run.resolve() for folder in folders for run in find_runs(folder))
     out = Path(folders[0]) if out is None else Path(out)
+    _kinds(options)
     check_writable(out / "summary.md")
     report.check_same_data(
         (found["name"], found["length"], found["fingerprint"]) for found in map(data_of, places)

@@ -52,11 +52,16 @@ def draw(
         num_samples: how many for each.
         num_steps: numbers of steps.
         latent, order, latent_temperature: as in :func:`vadd_pyro.sample`.
-        time_grids: of equal steps, or the best ones, see
+        time_grids: ``"equal"``, or ``"best"`` by fresh latents and the random order, see
             :func:`~vadd_pyro.experiments.evaluation.time_grids_of`.
         seed: the same for each.
     """
-    grids = {} if time_grids == "equal" else time_grids_of(run, num_steps, time_grids, seed=seed)
+    if order == "entropy_bounded" and time_grids != "equal":
+        raise ValueError(
+            f"time_grids must be 'equal' with order='entropy_bounded', which takes the time from "
+            f"the share of visible tokens, got {time_grids!r}"
+        )
+    grids = {} if time_grids == "equal" else time_grids_of(run, num_steps, time_grids)
     return {
         steps: sample(
             run.model,

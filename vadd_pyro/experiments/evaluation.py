@@ -32,6 +32,7 @@ from vadd_pyro.data.text import TextData
 from vadd_pyro.experiments.store import Experiment
 from vadd_pyro.grids import best_path, step_terms
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
+from vadd_pyro.names import TIME_GRIDS
 from vadd_pyro.one_token import one_token_bound
 from vadd_pyro.process import check_size, make_time_grid
 from vadd_pyro.quality import (
@@ -44,7 +45,7 @@ from vadd_pyro.quality import (
 )
 from vadd_pyro.sampling import sample
 
-__all__ = ["QUALITY", "TIME_GRIDS", "Judge", "evaluate", "time_grids_of"]
+__all__ = ["QUALITY", "Judge", "evaluate", "searched", "time_grids_of"]
 
 Row = dict[str, Any]
 QUALITY = {
@@ -56,7 +57,6 @@ QUALITY = {
     "entropy": "entropy, bits",
     "row_entropy": "entropy within a row, bits",
 }
-TIME_GRIDS = ("equal", "best")
 _CANDIDATES = 16
 _ORDERS = (1, 2, 3, 4)
 _MODEL_ORDER = 5
@@ -149,6 +149,14 @@ def _rows(metric: str, found: Sequence[float]) -> list[Row]:
     return rows
 
 
+def searched(steps: int | str) -> bool:
+    """Whether the best grid of so many steps is searched for.
+
+    One step has but one, and beyond eight there is little to choose between.
+    """
+    return isinstance(steps, int) and 1 < steps <= _CANDIDATES // 2
+
+
 def time_grids_of(
     run: Experiment,
     steps: Iterable[int],
@@ -158,14 +166,13 @@ def time_grids_of(
     num_particles: int = 16,
     seed: int = 0,
 ) -> dict[int, Tensor]:
-    """A time grid for each number of steps.
+    """A time grid for each number of steps, which does not depend on the others.
 
     Args:
         run: a trained pair.
         steps: the numbers of steps.
-        kind: ``"equal"``, or ``"best"``: the best T-step bound on validation rows, among grids
-            whose points are sixteenths or points of an equal grid asked for. Beyond eight steps
-            there is little to choose between, and all are equal.
+        kind: ``"equal"``, or ``"best"``: up to eight steps the grid with the best T-step bound on
+            validation rows, among those whose points are sixteenths or points of the equal one.
         num_rows: validation rows.
         num_particles: importance samples per step.
         seed: of the choice.
@@ -179,21 +186,25 @@ def time_grids_of(
     if kind not in TIME_GRIDS:
         raise ValueError(f"time_grids must be one of {', '.join(TIME_GRIDS)}, got {kind!r}")
     grids = {count: make_time_grid(count) for count in steps}
-    few = [count for count in grids if 1 < count <= _CANDIDATES // 2]
-    if kind == "equal" or not few:
+    if kind == "equal":
         return grids
-    points = {Fraction(i, count) for count in (_CANDIDATES, *few) for i in range(count + 1)}
-    candidates = torch.tensor(sorted(map(float, points)), dtype=torch.double)
-    terms = step_terms(
-        run.model,
-        run.guide,
-        run.process,
-        run.data.rows("valid", min(num_rows, len(run.data.valid)), seed),
-        candidates,
-        num_particles=num_particles,
-        seed=seed,
-    )
-    return grids | {count: candidates[best_path(terms, count)] for count in few}
+    together: dict[tuple[Fraction, ...], list[int]] = {}
+    for count in filter(searched, grids):
+        own = {Fraction(i, n) for n in (_CANDIDATES, count) for i in range(n + 1)}
+        together.setdefault(tuple(sorted(own)), []).append(count)
+    for points, counts in together.items():
+        candidates = torch.tensor([float(point) for point in points], dtype=torch.double)
+        terms = step_terms(
+            run.model,
+            run.guide,
+            run.process,
+            run.data.rows("valid", min(num_rows, len(run.data.valid)), seed),
+            candidates,
+            num_particles=num_particles,
+            seed=seed,
+        )
+        grids |= {count: candidates[best_path(terms, count)] for count in counts}
+    return grids
 
 
 def _in_pieces(
@@ -246,7 +257,8 @@ def evaluate(
         one_token_terms: steps of each path that are scored, drawn at random, of one path then; all
             by default.
         num_samples: samples for each number of steps.
-        time_grids: whose steps are taken, see :func:`time_grids_of`.
+        time_grids: whose steps are taken, see :func:`time_grids_of`; the choice among grids does
+            not depend on ``seed``.
         seed: of all of it.
         judge: what judges the samples; a new one by default.
         known: an earlier result for the same pair and data: what was measured the same way is
@@ -257,8 +269,14 @@ def evaluate(
     Returns:
         Plain values: ``"bounds"`` (each with its values by row, and how it was taken),
         ``"quality"``, ``"floor"``, and what run it was; of the best time grids ``"grids"``, too.
+
+    Raises:
+        ValueError: for the best time grids on the validation rows by which they are chosen.
     """
-    grids = time_grids_of(run, [*bound_steps, *sample_steps], time_grids, seed=seed)
+    if time_grids == "best" and split == "valid":
+        raise ValueError(
+            "time_grids = 'best' are chosen on validation rows: take split = 'test', got 'valid'"
+        )
     if sample_steps and judge is None:
         judge = Judge(run.data, num_samples, seed)
     stored = getattr(run.data, split) if split in ("train", "valid", "test") else ()
@@ -267,6 +285,14 @@ def evaluate(
     )
     how = {"split": split, "num_particles": num_particles, "num_draws": num_draws, "seed": seed}
     known = {} if known is None else known
+    asked = [*bound_steps, *sample_steps]
+    grids = {int(count): torch.tensor(g).double() for count, g in known.get("grids", {}).items()}
+    grids |= time_grids_of(run, [count for count in asked if count not in grids], time_grids)
+    unequal = {
+        count: grid.tolist()
+        for count, grid in grids.items()
+        if not torch.equal(grid, make_time_grid(count))
+    }
     result: dict[str, Any] = {
         "title": run.settings.title,
         "data": run.data.name,
@@ -278,13 +304,13 @@ def evaluate(
         "quality": list(known.get("quality", [])),
         "floor": list(known.get("floor", [])) if judge is None else judge.floor,
     }
-    if time_grids != "equal":
-        result["title"] += f", {time_grids} time grids"
+    if time_grids == "best":
         told = {str(count): grid.tolist() for count, grid in grids.items()}
-        result["grids"] = {**known.get("grids", {}), **told}
+        result |= {"time_grids": time_grids, "grids": told}
 
     def bounded(steps: int | str, bound: Any, rows: Tensor, paths: int, terms: int | None) -> None:
         taken = {**how, "rows": len(rows), "num_paths": paths, "num_terms": terms}
+        taken["time_grid"] = unequal.get(steps) if isinstance(steps, int) else None
         _drop_unless(result["bounds"], steps, taken)
         if any(row["num_steps"] == steps for row in result["bounds"]):
             return
@@ -304,8 +330,9 @@ def evaluate(
         bound = partial(one_token_bound, num_terms=one_token_terms)
         paths = 1 if one_token_terms is not None else num_paths
         bounded("one token", bound, x[:one_token_rows], paths, one_token_terms)
-    taken = {"num_samples": num_samples, "seed": seed}
     for num_steps in sample_steps:
+        grid = unequal.get(num_steps)
+        taken = {"num_samples": num_samples, "seed": seed, "time_grid": grid}
         _drop_unless(result["quality"], num_steps, taken)
         if judge is None or any(row["num_steps"] == num_steps for row in result["quality"]):
             continue

@@ -59,7 +59,7 @@ def collect(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
     }
     if not paths:
         where = ", ".join(map(str, folders))
-        raise FileNotFoundError(f"no {FILES['equal']} in {where} or below")
+        raise FileNotFoundError(f"no {' or '.join(FILES.values())} in {where} or below")
     found = []
     for path in sorted(paths):
         result = read_json(path)
@@ -76,7 +76,7 @@ def check_together(results: Sequence[dict[str, Any]]) -> list[dict[str, Any]]:
         ValueError: if the data are not the same everywhere.
     """
     check_same_data((r["data"], r["length"], r["fingerprint"]) for r in results)
-    once = {json.dumps([r["title"], r["settings"]], sort_keys=True): r for r in results}
+    once = {json.dumps([r.get("time_grids"), r["settings"]], sort_keys=True): r for r in results}
     return list(once.values())
 
 
@@ -96,15 +96,15 @@ def _models(results: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]
     """Results by model, MDM first; models of one title but other settings are told apart."""
     groups: dict[str, list[dict[str, Any]]] = {}
     kinds: dict[str, list[Any]] = {}
-    for result in sorted(results, key=lambda r: r["settings"].get("model") != "mdm"):
+    for result in sorted(results, key=lambda r: r["title"] != "MDM"):
         kind = {k: v for k, v in result["settings"].items() if k != "seed"}
         known = kinds.setdefault(result["title"], [])
         if kind not in known:
             known.append(kind)
         number = known.index(kind)
-        groups.setdefault(result["title"] + (f" ({number + 1})" if number else ""), []).append(
-            result
-        )
+        name = result["title"] + (f" ({number + 1})" if number else "")
+        name += ", best time grids" if result.get("time_grids") == "best" else ""
+        groups.setdefault(name, []).append(result)
     return groups
 
 
