@@ -137,11 +137,16 @@ def exact(rank: int, folder: Path) -> dict[str, Any]:
     weights, history = same_rows(seed=11 + rank)
     in_parts, _ = same_rows(seed=11 + rank, accumulate=2)
     pyro.set_rng_seed(5 + rank)
+    store = from_store()
+    with patch("vadd_pyro.exchange._LARGE", 2):  # nearly all gradients are sent by themselves
+        pyro.set_rng_seed(5 + rank)
+        alone = torch.cat([from_store(), same_rows(seed=11 + rank)[0]])
     return {
         "weights": weights,
         "in_parts": in_parts,
         "history": history.to_dict(),
-        "store": from_store(),
+        "store": store,
+        "alone": alone,
     }
 
 

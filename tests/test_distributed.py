@@ -103,6 +103,9 @@ def test_parameters_in_pyros_store_and_those_that_get_no_gradient(found):
     one, two = (told["exact"]["store"] for told in found)
     assert torch.equal(one, two)
     assert close(one, expected)
+    for told in found:  # gradients that are large enough to be sent by themselves
+        both = torch.cat([told["exact"]["store"], told["exact"]["weights"]])
+        assert torch.equal(told["exact"]["alone"], both)
     pyro.set_rng_seed(5)
     assert torch.equal(one[-2:], from_store(1)[-2:])  # no decay without a gradient
     assert (one[-4:-2] - from_store(1)[-4:-2]).abs().max() > 0.01

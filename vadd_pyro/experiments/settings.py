@@ -37,7 +37,7 @@ class Settings:
             model and guide on the targets that samplers meet.
         num_guide_iterations: updates of the guide alone by the same bounds at the end, the model
             held fixed.
-        steps: numbers of steps ``T`` of these bounds.
+        steps: numbers of steps ``T`` of these bounds; one named twice is drawn twice as often.
         batch_size: rows per update.
         learning_rate: step size of Adam, decayed to zero by a cosine; half of it after the first
             stage.
