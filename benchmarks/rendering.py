@@ -254,7 +254,10 @@ def processes(record: Record) -> str:
     rows = []
     for name, found in record["sizes"].items():
         cells = []
-        for kind in ("same", "full"):
+        for kind in ("same", "full", "apart"):
+            if f"{kind}_clock_rate" not in found:  # older records have none apart
+                cells.append("-")
+                continue
             clock, processor = (
                 found[f"{kind}_{c}_rate"] / found[f"one_{c}_rate"] for c in ("clock", "processor")
             )
@@ -273,6 +276,7 @@ def processes(record: Record) -> str:
     number = record["processes"]
     head = ["size", "batch", "gradient, MB", "all-reduce, ms", "1 process, ms", "rows/s"]
     head += [f"{number} processes, same batch", f"{number} processes, full batches"]
+    head += [f"{number} processes apart"]
     return f"{caption(record)}\n\n{table(head, rows)}"
 
 

@@ -157,6 +157,7 @@ class Group:
 
     def __init__(self, size: int, meeting: str | None, threads: int) -> None:
         context = multiprocessing.get_context("fork")
+        self.apart = meeting is None
         self.lines = []
         self.workers = []
         for rank in range(size):
@@ -173,8 +174,12 @@ class Group:
         return [line.recv() for line in self.lines]
 
     def updates(self, name: str, factor: int, options: dict[str, Any]) -> list[Any]:
-        """Seconds of single updates, of the slowest of them."""
+        """Seconds of single updates: of the slowest process, for which the others wait; or, where
+        none waits for another, of all.
+        """
         found = self("updates", name, factor, options)
+        if self.apart:
+            return [update for process in found for update in process]
         return [tuple(np.max(each, 0)) for each in zip(*found, strict=True)]
 
     def close(self) -> None:
