@@ -96,8 +96,8 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
     "digits": {
         "laptop": {
             **_IMAGES,
-            # There are 1,259 pictures to train on. Half as many updates have better bounds from two
-            # steps on, and worse samples at any number of steps (docs/real_data.md).
+            # There are 1,259 pictures to train on. Half as many updates have better bounds from
+            # two steps on, and worse samples at any number of steps (docs/real_data.md).
             "latent_dim": 8,
             "sizes": {"hidden_dim": 256, "num_blocks": 2, "dropout": 0.4, "local_dim": 16},
             "least_time": 1.0,
