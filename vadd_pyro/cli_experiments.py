@@ -56,12 +56,12 @@ def known(kind: str) -> Callable[[str], list[str]]:
     return lambda text: [_known(kind, name) for name in separated(text)]
 
 
-def _models(text: str) -> list[str]:
+def _one_or_both(pair: tuple[str, str], text: str) -> list[str]:
     names = separated(text)
-    unknown = [name for name in names if name not in MODELS]
+    unknown = [name for name in names if name not in pair]
     if unknown:
         raise argparse.ArgumentTypeError(
-            f"expected {' or '.join(MODELS)}, or both, got {unknown[0]!r}"
+            f"expected {' or '.join(pair)}, or both, got {unknown[0]!r}"
         )
     return names
 
@@ -83,14 +83,6 @@ def _pair(text: str) -> tuple[str, Any]:
     except (ValueError, SyntaxError):
         known = {"true": True, "false": False, "none": None}
         return name.strip(), known.get(value.lower(), value)
-
-
-def _time_grids(text: str) -> list[str]:
-    names = separated(text)
-    for name in names:
-        if name not in TIME_GRIDS:
-            raise argparse.ArgumentTypeError(f"expected {' or '.join(TIME_GRIDS)}, got {name!r}")
-    return names
 
 
 _NUMBER: dict[str, Any] = {"type": positive, "metavar": "N"}
@@ -127,7 +119,7 @@ def _add_measures(add: Callable[..., Any]) -> None:
     add("--num-samples", help="samples for each number of steps", **_NUMBER)
     add(
         "--time-grids",
-        type=_time_grids,
+        type=partial(_one_or_both, TIME_GRIDS),
         metavar="equal[,best]",
         help="steps of equal length (default), those with the best bound on validation rows, or "
         "both, side by side",
@@ -149,7 +141,13 @@ def _add_train(commands: Any) -> None:
     add = train.add_argument
     add("data", choices=DATA_SETS, help="what to train on")
     add("path", nargs="?", help="file or folder of the data; by default the loader's own")
-    add("--model", type=_models, default=["vadd"], metavar="vadd|mdm", help="vadd, mdm or both")
+    add(
+        "--model",
+        type=partial(_one_or_both, MODELS),
+        default=["vadd"],
+        metavar="vadd|mdm",
+        help="vadd, mdm or both",
+    )
     add("--preset", default="laptop", metavar="NAME", help="sizes and schedule; default laptop")
     add("--prior", type=partial(_known, "priors"), metavar="NAME", help="law of the latent")
     add("--guide", type=partial(_known, "guides"), metavar="NAME", help="recognition network")

@@ -5,7 +5,7 @@ has failed are summed once an update by ``torch.distributed.all_reduce``, which 
 ``2 (P - 1) / P`` times the bytes that are summed to and from each of ``P`` processes. What is one
 number for all of them then (a loss that is not finite, a signal to one) is known to all at the
 same update. Small gradients go together in one vector, with all that is told; large ones follow
-as they are, for copying them would cost a third of what sending them does.
+as they are, for to copy them takes time, too.
 
 ``DistributedDataParallel`` sums the same in pieces, while backward still runs. It wants one
 module whose forward is the loss; here the loss is that of two programs, which may be functions
@@ -103,7 +103,7 @@ class GradientSum:
     def __init__(self, processes: Processes, named: Mapping[str, Tensor]) -> None:
         self.processes = processes
         self.named = dict(named)
-        self._large = [n for n, p in self.named.items() if p.numel() >= _LARGE]
+        self._small = {n: p for n, p in self.named.items() if p.numel() < _LARGE}
         kinds = {p.dtype for p in self.named.values()}
         # Loss and KL go with numbers that are exact enough for them.
         self._main = next((k for k in (torch.float32, torch.float64) if k in kinds), torch.float32)
@@ -114,8 +114,7 @@ class GradientSum:
 
     def _size(self, kind: torch.dtype) -> int:
         """How many numbers of a precision go in its vector."""
-        large = set(self._large)
-        return sum(p.numel() for n, p in self.named.items() if p.dtype == kind and n not in large)
+        return sum(p.numel() for p in self._small.values() if p.dtype == kind)
 
     def watching(self) -> AbstractContextManager[None]:
         """As :meth:`Exchange.watching`."""
@@ -132,7 +131,7 @@ class GradientSum:
         told = main[-_TAIL - len(self.named) : -_TAIL].tolist()
         present = {name: held > 0 for name, held in zip(self.named, told, strict=True)}
         others = [vector for kind, vector in self._vectors.items() if kind != self._main]
-        large = {name: self._gradient(name) for name in self._large if present[name]}
+        large = {n: self._gradient(n) for n in self.named if n not in self._small and present[n]}
         self._exchange.sum(*others, *large.values())
         for name, parameter in self.named.items():
             if not present[name]:
@@ -159,14 +158,14 @@ class GradientSum:
         held = {name: p.grad for name, p in self.named.items()}
         for name, gradient in held.items():
             if gradient is None:
-                if name in self._views:
+                if name in self._small:
                     self._views[name].zero_()
             elif gradient.is_sparse:
                 raise TypeError(
                     f"the gradient of {name} is sparse: expected dense gradients with several "
                     "processes, such as those of torch.nn.Embedding(sparse=False)"
                 )
-        present = {n: g for n, g in held.items() if g is not None and n in self._views}
+        present = {n: g for n, g in held.items() if g is not None and n in self._small}
         if present:
             torch._foreach_copy_([self._views[n] for n in present], list(present.values()))
         main = self._vectors[self._main]
@@ -174,14 +173,11 @@ class GradientSum:
 
     def _allocate(self) -> None:
         like = next(iter(self.named.values())).detach()
-        kinds = {p.dtype for p in self.named.values()} - {self._main}
-        kinds = {kind for kind in kinds if self._size(kind)}
+        kinds = {p.dtype for p in self._small.values()} - {self._main}
         self._vectors = {self._main: self._exchange.empty()}
         self._vectors |= {kind: like.new_zeros(self._size(kind), dtype=kind) for kind in kinds}
         starts = dict.fromkeys(self._vectors, 0)
-        for name, p in self.named.items():
-            if name in self._large:
-                continue
+        for name, p in self._small.items():
             start = starts[p.dtype]
             self._views[name] = self._vectors[p.dtype][start : start + p.numel()].view(p.shape)
             starts[p.dtype] += p.numel()

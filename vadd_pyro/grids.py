@@ -37,7 +37,7 @@ from vadd_pyro.programs import evaluation
 from vadd_pyro.sampling import device_of, seeded
 from vadd_pyro.scoring import StepScores
 
-__all__ = ["best_path", "optimize_time_grid", "step_terms"]
+__all__ = ["best_path", "candidate_times", "optimize_time_grid", "step_terms"]
 
 
 def optimize_time_grid(
@@ -82,11 +82,7 @@ def optimize_time_grid(
     Raises:
         ValueError: for sizes below 1, bad tokens, or models that have no T-step bound.
     """
-    check_size("num_candidates", num_candidates)
-    equal = make_time_grid(num_steps)
-    fine = make_time_grid(num_candidates)
-    apart = (equal.unsqueeze(-1) - fine).abs().amin(-1) > 1e-9
-    candidates = torch.cat([fine, equal[apart]]).sort().values
+    candidates = candidate_times(num_steps, num_candidates)
     terms = step_terms(
         model,
         guide,
@@ -100,6 +96,20 @@ def optimize_time_grid(
         args=args,
     )
     return candidates[best_path(terms, num_steps)]
+
+
+def candidate_times(num_steps: int, num_candidates: int) -> Tensor:
+    """The points of an equal grid of ``num_candidates`` steps and of one of ``num_steps``, each
+    once, increasing, in double precision.
+
+    Raises:
+        ValueError: for sizes below 1.
+    """
+    check_size("num_candidates", num_candidates)
+    equal = make_time_grid(num_steps)
+    fine = make_time_grid(num_candidates)
+    apart = (equal.unsqueeze(-1) - fine).abs().amin(-1) > 1e-9
+    return torch.cat([fine, equal[apart]]).sort().values
 
 
 def step_terms(
@@ -129,8 +139,6 @@ def step_terms(
     candidates = make_time_grid(None, candidates)
     check_size("num_draws", num_draws)
     check_size("num_particles", num_particles)
-    if batch_size is not None:
-        check_size("batch_size", batch_size)
     x_0 = process.check_tokens(x_0).to(device_of(model, x_0.device))
     with seeded(seed), evaluation(model, guide):
         scores = StepScores(

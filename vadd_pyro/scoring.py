@@ -230,10 +230,8 @@ def _check_least_time(
 
     random = random_state()
     first = tokens()
-    following = random_state()
     restore_random_state(random)
     again = tokens()
-    restore_random_state(following)
     if not _differing(first, again) and _differing(first, tokens()):
         raise ValueError(
             f"{type(model).__name__} has least_time = {least_time}, but its law of the tokens "

@@ -152,8 +152,10 @@ def _measure(
     weights is not repeated.
     """
     with locked_folder(folder):
+        weights = f"crc32 {zlib.crc32((folder / 'run.pt').read_bytes()):08x}"
+        same = {"fingerprint": run.data.fingerprint, "weights": weights}
         return [
-            _measure_alone(run, folder, {**options, "time_grids": kind}, judge, progress)
+            _measure_alone(run, folder, same, {**options, "time_grids": kind}, judge, progress)
             for kind in _kinds(options)
         ]
 
@@ -161,12 +163,12 @@ def _measure(
 def _measure_alone(
     run: Experiment,
     folder: Path,
+    same: dict[str, str],
     options: dict[str, Any],
     judge: Judge | None,
     progress: bool,
 ) -> dict[str, Any]:
-    weights = f"crc32 {zlib.crc32((folder / 'run.pt').read_bytes()):08x}"
-    same = {"fingerprint": run.data.fingerprint, "weights": weights}
+    """The same on one kind; results belong to the data and weights that ``same`` tells."""
 
     def read(kind: str) -> dict[str, Any]:
         path = folder / report.FILES[kind]

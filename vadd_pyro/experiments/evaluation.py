@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from fractions import Fraction
 from functools import partial
 from typing import Any
 
@@ -30,7 +29,7 @@ from tqdm.auto import tqdm
 from vadd_pyro.data import DataSet
 from vadd_pyro.data.text import TextData
 from vadd_pyro.experiments.store import Experiment
-from vadd_pyro.grids import best_path, step_terms
+from vadd_pyro.grids import best_path, candidate_times, step_terms
 from vadd_pyro.likelihood import Bound, log_likelihood_bound
 from vadd_pyro.names import TIME_GRIDS
 from vadd_pyro.one_token import one_token_bound
@@ -188,12 +187,12 @@ def time_grids_of(
     grids = {count: make_time_grid(count) for count in steps}
     if kind == "equal":
         return grids
-    together: dict[tuple[Fraction, ...], list[int]] = {}
+    together: dict[tuple[float, ...], list[int]] = {}  # numbers of steps by their candidates
     for count in filter(searched, grids):
-        own = {Fraction(i, n) for n in (_CANDIDATES, count) for i in range(n + 1)}
-        together.setdefault(tuple(sorted(own)), []).append(count)
-    for points, counts in together.items():
-        candidates = torch.tensor([float(point) for point in points], dtype=torch.double)
+        points = candidate_times(count, _CANDIDATES)
+        together.setdefault(tuple(points.tolist()), []).append(count)
+    for own, counts in together.items():
+        candidates = torch.tensor(own, dtype=torch.double)
         terms = step_terms(
             run.model,
             run.guide,
@@ -288,7 +287,7 @@ def evaluate(
     asked = [*bound_steps, *sample_steps]
     grids = {int(count): torch.tensor(g).double() for count, g in known.get("grids", {}).items()}
     grids |= time_grids_of(run, [count for count in asked if count not in grids], time_grids)
-    unequal = {
+    unequal: dict[int | str, list[float]] = {
         count: grid.tolist()
         for count, grid in grids.items()
         if not torch.equal(grid, make_time_grid(count))
@@ -310,7 +309,7 @@ def evaluate(
 
     def bounded(steps: int | str, bound: Any, rows: Tensor, paths: int, terms: int | None) -> None:
         taken = {**how, "rows": len(rows), "num_paths": paths, "num_terms": terms}
-        taken["time_grid"] = unequal.get(steps) if isinstance(steps, int) else None
+        taken["time_grid"] = unequal.get(steps)
         _drop_unless(result["bounds"], steps, taken)
         if any(row["num_steps"] == steps for row in result["bounds"]):
             return
@@ -331,8 +330,7 @@ def evaluate(
         paths = 1 if one_token_terms is not None else num_paths
         bounded("one token", bound, x[:one_token_rows], paths, one_token_terms)
     for num_steps in sample_steps:
-        grid = unequal.get(num_steps)
-        taken = {"num_samples": num_samples, "seed": seed, "time_grid": grid}
+        taken = {"num_samples": num_samples, "seed": seed, "time_grid": unequal.get(num_steps)}
         _drop_unless(result["quality"], num_steps, taken)
         if judge is None or any(row["num_steps"] == num_steps for row in result["quality"]):
             continue
