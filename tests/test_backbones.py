@@ -634,3 +634,15 @@ def test_dropout_acts_in_training_alone(family):
     assert torch.equal(net(batch.x_t, z, batch.t), net(batch.x_t, z, batch.t))
     net.train()
     assert not torch.equal(net(batch.x_t, z, batch.t), net(batch.x_t, z, batch.t))
+
+
+def test_blocks_of_a_transformer_take_part_from_the_first_update():
+    """Gates that start from zero keep a model at the frequencies of its tokens for long."""
+    for condition in ({}, {"time_conditioning": False}):
+        decoder = fresh("Transformer", "Decoder", **condition)
+        with torch.no_grad():
+            decoder.head.weight.normal_()  # zero before training: nothing would reach the blocks
+        x_t, t = torch.randint(3, (5, 16)), torch.rand(5)
+        decoder(x_t, None, t).square().sum().backward()
+        for name, weight in decoder.trunk.blocks.named_parameters():
+            assert weight.grad.abs().max() > 0, name

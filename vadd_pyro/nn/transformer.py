@@ -7,14 +7,17 @@ modulates (Peebles and Xie 2023, arXiv 2212.09748),
     h \leftarrow h + g_1 \odot \mathrm{attend}(\mathrm{norm}(h) \odot (1 + s_1) + b_1), \qquad
     h \leftarrow h + g_2 \odot \mathrm{mlp}(\mathrm{norm}(h) \odot (1 + s_2) + b_2) .
 
-In the decoder ``(s, b, g)`` are functions of time and latent, the same at all positions, and zero
-before training. In the recognition network they are functions of a learned mask vector, at
-**masked positions only**, with another vector added at those that the step reveals (Xie et al.
-2025, arXiv 2505.17384); visible positions have ``s = b = 0``, ``g = 1``.
+In the decoder ``(s, b, g)`` are functions of time and latent, the same at all positions, and ``(0,
+0, 1)`` before training. (Gates that start from zero, as in that reference, kept models of text at
+the frequencies of single characters for 500 to 1,000 updates, by the seed: docs/real_data.md.) In
+the recognition network they are functions of a learned mask vector, at **masked positions only**,
+with another vector added at those that the step reveals (Xie et al. 2025, arXiv 2505.17384);
+visible positions have ``s = b = 0``, ``g = 1``.
 
 Rotary positions (:mod:`vadd_pyro.nn.attention`) tell distances alone. In the all-masked row, from
 which every sample starts, all positions are then alike, and no latent could make their tokens
-differ; so learned vectors of the positions are added to those of the tokens.
+differ; so learned vectors of the positions are added to those of the tokens, a fiftieth of their
+size at first: what is learned of a token at one position should serve at the others.
 """
 
 from __future__ import annotations
@@ -37,6 +40,8 @@ from vadd_pyro.nn.conditioning import (
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
 __all__ = ["TransformerDecoder", "TransformerEncoder", "TransformerFeatures"]
+
+_POSITION_STD = 0.02  # vectors of positions before training, those of tokens being 1
 
 
 class _Block(nn.Module):
@@ -106,7 +111,7 @@ class _Trunk(nn.Module):
         self.open_gates = open_gates
         self.positions: nn.Parameter | None = None
         if position_embedding:
-            self.positions = nn.Parameter(torch.randn(process.length, width) * width**-0.5)
+            self.positions = nn.Parameter(_POSITION_STD * torch.randn(process.length, width))
         rotary = Rotary(process.length, width // num_heads)
         self.blocks = nn.ModuleList(
             _Block(width, num_heads, rotary, expansion, dropout) for _ in range(num_layers)
@@ -114,6 +119,10 @@ class _Trunk(nn.Module):
         self.modulations = nn.ModuleList(
             Modulation(condition_dim, 6 * width) for _ in range(num_layers)
         )
+        if not open_gates:
+            for modulation in self.modulations:
+                with torch.no_grad():
+                    modulation.bias.view(6, width)[[2, 5]] = 1.0  # both gates
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.last = Modulation(condition_dim, 2 * width)
 
@@ -140,13 +149,6 @@ def _spread(modulation: Tensor, where: Tensor | None) -> Tensor:
     if where is not None:
         return where @ modulation
     return modulation if modulation.dim() == 1 else modulation.unsqueeze(-2)
-
-
-def _embeddings(vocab_size: int, width: int, with_mask: bool) -> TokenCode:
-    tokens = TokenCode(vocab_size, width, with_mask=with_mask, learned=True)
-    assert tokens.learned is not None
-    nn.init.normal_(tokens.learned.weight, std=width**-0.5)
-    return tokens
 
 
 class TransformerDecoder(Decoder):
@@ -200,7 +202,7 @@ class TransformerDecoder(Decoder):
             position_embedding=position_embedding,
             open_gates=self.condition.size == 0,
         )
-        self.tokens = _embeddings(process.vocab_size, hidden_dim, with_mask=True)
+        self.tokens = TokenCode(process.vocab_size, hidden_dim, with_mask=True, learned=True)
         self.head = nn.Linear(hidden_dim, process.vocab_size)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -250,7 +252,7 @@ class TransformerFeatures(Features):
         check_size("hidden_dim", hidden_dim)
         check_size("condition_dim", condition_dim)
         super().__init__(process, hidden_dim)
-        self.tokens = _embeddings(process.vocab_size, hidden_dim, with_mask=False)
+        self.tokens = TokenCode(process.vocab_size, hidden_dim, with_mask=False, learned=True)
         self.status = nn.Parameter(torch.randn(2, condition_dim))  # masked; masked and targeted
         self.condition = Condition(condition_dim, 0, time_conditioning=time_conditioning)
         self.trunk = _Trunk(
