@@ -50,13 +50,7 @@ _TEXT: dict[str, Any] = {
     "prior": "conditional_categorical",
     "num_codes": 16,
     "latent_dim": 32,
-    "sizes": {
-        "hidden_dim": 128,
-        "num_layers": 2,
-        "num_heads": 4,
-        "latent_hidden_dim": 32,
-        "time_conditioning": False,  # as good without, and a tenth faster
-    },
+    "sizes": {"hidden_dim": 128, "num_layers": 2, "num_heads": 4, "latent_hidden_dim": 32},
     "times": "uniform",
     "num_iterations": 3000,
     "precision": "bfloat16",
