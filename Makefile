@@ -15,7 +15,7 @@ demo: $(READY)
 	$(BIN)/vadd-pyro demo
 
 test: $(READY) $(ARVIZ1_READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check .

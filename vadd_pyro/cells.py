@@ -7,7 +7,7 @@ built by :mod:`vadd_pyro.zoo` and measured at 1, 2, 4 and 8 steps:
   variation, Jensen-Shannon, :math:`KL(\text{data} | \text{sampler})` and, for tied tokens, the
   mass on the support;
 * the same distances for the exact law of the sampler that shares its latent over all steps;
-* the T-step bound (SPEC section 3b) on held-out rows, after a copy of the guide was refitted on
+* the T-step bound on held-out rows, after a copy of the guide was refitted on
   the targets that this sampler meets, and the exact mean of :math:`\log p_T` on the same rows. The
   gap is the mean of :math:`\log q(x) - \mathrm{bound}(x)` over them, ``q`` the law of the data: in
   expectation minus the bound less the entropy, without the noise of which rows were held out;

@@ -30,7 +30,7 @@ which knows none of these but the importance weights.
 
 References:
     Xie et al. 2025, "Variational Autoencoding Discrete Diffusion" (arXiv 2505.17384), for (a);
-    Chao et al. 2026 on why (a) is no bound; SPEC section 3 for (b).
+    Chao et al. 2026 on why (a) is no bound; docs/likelihoods.md on (b).
 """
 
 from __future__ import annotations

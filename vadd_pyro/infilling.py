@@ -16,7 +16,7 @@ whose weights have become too uneven are drawn anew among their particles betwee
 et al. 2006), which leaves the estimate of :math:`p_T(x_{obs})` unbiased.
 
 References:
-    Del Moral et al. 2006, "Sequential Monte Carlo samplers"; SPEC section 2, infilling.
+    Del Moral et al. 2006, "Sequential Monte Carlo samplers".
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 r"""How likely the data are under the sampler that is used: the T-step bound, and the exact law on
 small spaces.
 
-The bound (SPEC section 3b) averages, over random reveal paths and latent draws,
+The bound (docs/likelihoods.md) averages, over random reveal paths and latent draws,
 
 .. math::
     \log p_T(x_0) \ge \sum_{i=1}^T E_{x_{t_i}, S_i}\, E \log \frac1P \sum_{p=1}^P

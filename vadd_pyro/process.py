@@ -11,7 +11,7 @@ t)``, whatever the values are:
     \text{mask}]} .
 
 References:
-    Austin et al. 2021 (arXiv 2107.03006); Sahoo et al. 2024 (arXiv 2406.07524); SPEC section 1.
+    Austin et al. 2021 (arXiv 2107.03006); Sahoo et al. 2024 (arXiv 2406.07524).
 """
 
 from __future__ import annotations

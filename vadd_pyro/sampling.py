@@ -16,7 +16,7 @@ worse. So are other orders than the random one, remasking and a latent temperatu
 distributions, never by accuracy alone.
 
 References:
-    Xie et al. 2025 (arXiv 2505.17384), section 3.4; SPEC section 2.
+    Xie et al. 2025 (arXiv 2505.17384), section 3.4.
 """
 
 from __future__ import annotations

@@ -4,7 +4,7 @@ A draw gives each row a time, the time stepped back to (on a grid) and the weigh
 row counts. Under the first three classes the expected weighted term is the same, the DELBO
 :math:`\int_0^1 w(t) f(t) dt`; they differ in variance and in work. The others are stated as what
 they are, other objectives: at high dimension uniform times almost never show the all-masked state,
-from which every sample starts (SPEC section 3).
+from which every sample starts.
 
 ====================== =============================================== ==========================
 class                  time ``t`` of a row                             weight of a row
@@ -294,7 +294,7 @@ class FewStepTimes(GridTimes):
     this is for) scores all that is masked with weight ``T rho(s, t)``, which is ``1 / t`` for the
     linear schedule. With ``max_steps=64``, 28 % of the rows are all masked, 14 % at ``t = 1/2``.
 
-    Of thirteen distributions of times tried on binarised MNIST this was the best compromise: 23,
+    Of nine distributions of times tried on binarised MNIST this was the best compromise: 23,
     13, 6 and 2 nats above uniform times at T = 1, 2, 4, 8 (784 pixels), above ``AtomTimes(0.3)``
     from T = 2 on, and 1 and 3 nats below uniform times at T = 16 and 64 (docs/zoo.md). None was
     best at every T: for many steps, and for a model without latent, keep to uniform times.

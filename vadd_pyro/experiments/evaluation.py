@@ -1,6 +1,6 @@
 r"""What is measured of a trained pair: bounds on its likelihood, and the quality of its samples.
 
-* For each number of steps ``T`` the T-step bound (SPEC section 3b) on test rows, in nats per row,
+* For each number of steps ``T`` the T-step bound on test rows, in nats per row,
   with its standard error; and the bound of one token a step.
 * For each ``T`` rows drawn with ``T`` steps, held against test rows: pictures by the Fréchet
   distance in the features of a small classifier (as it is, and less the bias of so few rows, as

@@ -358,7 +358,7 @@ def make_networks(name: str, process: MaskingProcess, **sizes: Any) -> Networks:
     Args:
         name: a key of :data:`NETWORKS`.
         process: gives vocabulary size and length.
-        sizes: of the family, such as ``hidden_dim``; a U-Net needs ``shape``.
+        sizes: of the family, such as ``hidden_dim``; those for pictures need ``shape``.
 
     Raises:
         ValueError: for a name or a size that is not known, or that no network can have, listing

@@ -9,9 +9,8 @@ the sketch beside the tokens around a pixel and draw what is near,
     h = \mathrm{blocks}(x_t, z, t) , \qquad m_{ij} = W_{ij}\, h + w_{ij} , \qquad
     \log \mu_{ij} = V\, \mathrm{conv}\big(m, c(x_t)\big)_{ij} + V' m_{ij} + b + \text{const} .
 
-What neighbours tell about a pixel is then learned once for all places instead of once for each. On
-binarised MNIST this is worth 8 nats at 64 steps after equal numbers of updates, for twice the
-time of the perceptron alone and a tenth of a U-Net's (docs/real_data.md).
+What neighbours tell about a pixel is then learned once for all places instead of once for each,
+for twice the time of the perceptron alone; docs/real_data.md says what it is worth on MNIST.
 """
 
 from __future__ import annotations
