@@ -677,3 +677,16 @@ def test_errors_name_the_argument_and_open_no_figure(draw, message):
     with pytest.raises(ValueError, match=message):
         draw()
     assert plt.get_fignums() == []
+
+
+@pytest.mark.parametrize("values", [[0.3, 0.33], [0.11, 0.56], [0.0044, 0.13], [1e-5, 2.0]])
+def test_logarithmic_axes_are_labelled_however_short_they_are(values):
+    ax = P.curves_by_steps({"MDM": P.Curve([1, 2], values, [0, 0])}, panel(), ylabel="y", log=True)
+    ax.figure.draw_without_rendering()
+    low, high = ax.get_ylim()
+    inside = [t for t in ax.yaxis.get_ticklabels() if low <= t.get_position()[1] <= high]
+    assert 2 <= len(inside) <= 9
+    for label in inside:
+        assert float(label.get_text().replace("\N{MINUS SIGN}", "-")) == pytest.approx(
+            label.get_position()[1]
+        )

@@ -116,13 +116,12 @@ class _Trunk(nn.Module):
         self.blocks = nn.ModuleList(
             _Block(width, num_heads, rotary, expansion, dropout) for _ in range(num_layers)
         )
-        self.modulations = nn.ModuleList(
-            Modulation(condition_dim, 6 * width) for _ in range(num_layers)
-        )
+        modulations = [Modulation(condition_dim, 6 * width) for _ in range(num_layers)]
         if not open_gates:
-            for modulation in self.modulations:
+            for modulation in modulations:
                 with torch.no_grad():
                     modulation.bias.view(6, width)[[2, 5]] = 1.0  # both gates
+        self.modulations = nn.ModuleList(modulations)
         self.norm = nn.LayerNorm(width, elementwise_affine=False)
         self.last = Modulation(condition_dim, 2 * width)
 

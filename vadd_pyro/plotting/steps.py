@@ -98,5 +98,22 @@ def curves_by_steps(
     ticks = sorted({int(step) for steps, _, _ in drawn.values() for step in steps})
     ax.set_xticks(ticks, [str(tick) for tick in ticks], fontsize=SMALL)
     ax.minorticks_off()
+    if log:
+        _label_log_axis(ax)
     legend_below(ax, handles)
     return ax
+
+
+def _label_log_axis(ax: Axes) -> None:
+    """Plain numbers on a logarithmic y-axis, at least two of them however short it is."""
+    from matplotlib.ticker import LogLocator, MaxNLocator, StrMethodFormatter
+
+    low, high = ax.get_ylim()
+    for factors in ((1.0,), (1.0, 3.0), (1.0, 2.0, 5.0)):
+        locator: Any = LogLocator(subs=factors, numticks=100)
+        if sum(low <= tick <= high for tick in locator.tick_values(low, high)) > 2:
+            break
+    else:
+        locator = MaxNLocator(4, steps=[1, 2, 5, 10])
+    ax.yaxis.set_major_locator(locator)
+    ax.yaxis.set_major_formatter(StrMethodFormatter("{x:g}"))
