@@ -565,3 +565,42 @@ def test_bad_commands_say_what_is_wrong(command, status, message, tmp_path, caps
 def test_a_run_that_is_none_is_named(tmp_path, folder):
     with pytest.raises(FileNotFoundError, match=r"no run\.pt"):
         commands.run_evaluate([tmp_path], None, dict(FEW))
+
+
+# ----------------------------------------------------------------------------------- latents
+
+
+def test_a_run_says_what_its_latents_carry(folder, tmp_path, capsys):
+    where = ["table", str(folder / "bits"), "--num-iterations", "520", "--no-progress"]
+    sizes = ["--size", "hidden_dim=16", "--size", "num_blocks=1", "--set", "num_codes=4"]
+    few = ["--set", "num_guide_iterations=0", "--set", "batch_size=16", "--set", "steps=1,2"]
+    assert main(["train", *where, *sizes, *few, "--out", str(tmp_path / "vadd")]) == 0
+    line = capsys.readouterr().err.splitlines()[-1]
+    told = read_json(tmp_path / "vadd" / "history.json")["model"]["mutual_information"][-1]
+    assert line == report.latents(tmp_path / "vadd")
+    assert f"{told:.2f} nats of a row where all is masked" in line
+    assert main(["train", *where, *sizes[:4], "--model", "mdm", "--out", str(tmp_path / "m")]) == 0
+    assert "latents" not in capsys.readouterr().err.splitlines()[-1]
+
+
+@pytest.mark.parametrize(
+    ("information", "parts", "said"),
+    [
+        (0.7, [0.4, 0.4], "its latents tell 0.70 nats of a row where all is masked, 2 in use"),
+        (0.01, [0.0, 0.02], "its latents have collapsed: they tell 0.01 nats"),
+        (None, [0.4, 0.4], "its latents tell 0.80 nats"),
+        (None, [0.01, 0.01], "its latents have collapsed"),
+        (0.0, [], None),
+    ],
+)
+def test_collapsed_latents_are_called_so(tmp_path, information, parts, said):
+    before = {"monitor_iteration": [500], "kl_per_dimension": [[9.0]], "active_units": [9]}
+    last = {"monitor_iteration": [5, 9], "kl_per_dimension": [[9.0], parts]}
+    stages = {
+        "model": {**before, "mutual_information": [9.0]},
+        "chain": {**last, "active_units": [9, 2], "mutual_information": [9.0, information]},
+        "guide": {**before, "monitor_iteration": []},
+    }
+    write_json(tmp_path / "history.json", stages)
+    line = report.latents(tmp_path)
+    assert line is None if said is None else line.startswith(said)

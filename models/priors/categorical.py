@@ -4,8 +4,9 @@ r"""Categorical latents: ``C`` codes summed out exactly, and products of ``L`` c
     p(x_{\text{target}} \mid x_t) = \sum_{c} \pi_c(x_t, t) \prod_i \mu_i(x_i \mid x_t, e_c, t),
     \qquad c = (c_1, \dots, c_L), \quad \pi_c = \prod_l \pi_{l, c_l}, \quad e_c = \sum_l e_{l, c_l}
 
-One code (``Categorical``) needs no guide (:class:`vadd_pyro.guides.NoLatent`), has no gap and
-cannot collapse; its cost grows with ``C``. A product has :math:`C^L` combinations at linear cost,
+One code (``Categorical``) needs no guide (:class:`vadd_pyro.guides.NoLatent`) and has no gap; its
+cost grows with ``C``. Probabilities that depend on the state may settle on one code before codes
+differ, as they did on text (docs/real_data.md); constant ones did not. A product has :math:`C^L` combinations at linear cost,
 and a guide of its own where they are too many to be summed.
 """
 

@@ -102,6 +102,8 @@ def run_train(
             if processes.first:
                 minutes = sum(run.seconds.values()) / 60
                 _say(f"trained for {minutes:.1f} minutes; wrote {folder / 'run.pt'}")
+                if line := report.latents(folder):
+                    _say(line)
             if measure is not None and processes.alone:
                 results += _measure(run, folder, measure, judge, progress)
             elif measure is not None and processes.first:

@@ -20,10 +20,19 @@ from vadd_pyro.checkpoints import read_json, write_json, write_whole
 from vadd_pyro.experiments.drawing import write_figure
 from vadd_pyro.experiments.evaluation import QUALITY
 
-__all__ = ["FILES", "check_same_data", "check_together", "collect", "summary", "write_report"]
+__all__ = [
+    "FILES",
+    "check_same_data",
+    "check_together",
+    "collect",
+    "latents",
+    "summary",
+    "write_report",
+]
 
 FILES = {"equal": "evaluation.json", "best": "evaluation_best.json"}  # by time grids
 _ONE_TOKEN = "one token"
+_COLLAPSED = 0.05  # nats
 _BITS = 1 / math.log(2)
 
 
@@ -42,6 +51,32 @@ class _Value(NamedTuple):
     @property
     def stderr(self) -> float:
         return self.rows if math.isnan(self.seeds) else self.seeds
+
+
+def latents(folder: str | Path) -> str | None:
+    """What the latents of a run carried when they were last looked at, in a line; None for a run
+    without latents, or if nobody looked.
+
+    Args:
+        folder: of the run; its ``history.json`` is read.
+    """
+    stages = read_json(Path(folder) / "history.json")
+    seen = [stages[name] for name in ("model", "chain") if name in stages]
+    seen = [history for history in seen if history["monitor_iteration"]]
+    if not seen or not seen[-1]["kl_per_dimension"][-1]:
+        return None
+    history = seen[-1]
+    carried = history["mutual_information"][-1]
+    if carried is None:
+        carried = sum(history["kl_per_dimension"][-1])
+    units = history["active_units"][-1]
+    told = f"{carried:.2f} nats of a row where all is masked, {units} in use"
+    if carried >= _COLLAPSED:
+        return f"its latents tell {told}"
+    return (
+        f"its latents have collapsed: they tell {told}, and a model without them would do as "
+        "well. Try --prior product, --set free_bits=0.1, or a longer --set annealing"
+    )
 
 
 def collect(folders: Sequence[str | Path]) -> list[dict[str, Any]]:
