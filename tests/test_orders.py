@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from typing import Any
 
 import pyro
 import pyro.distributions as dist
@@ -362,6 +363,12 @@ def test_remasking_rates_keep_the_share_of_visible_tokens():
 
 # ----------------------------------------------------------- all of them together
 
+
+def _told(options: dict[str, Any]) -> str:
+    """A test's name, the same in every process."""
+    return ", ".join(f"{k}={getattr(v, '__name__', v)}" for k, v in options.items())
+
+
 OPTIONS = [
     dict(order="confidence", num_steps=2),
     dict(order="entropy", num_steps=2),
@@ -372,7 +379,7 @@ OPTIONS = [
 
 
 @pytest.mark.parametrize("latent", ["fresh", "shared", "partial"])
-@pytest.mark.parametrize("options", OPTIONS, ids=str)
+@pytest.mark.parametrize("options", OPTIONS, ids=_told)
 def test_every_order_completes_rows_under_every_latent(options, latent):
     process = MaskingProcess(3, 5)
     model, _ = small_pair("conditional_normal", process)
