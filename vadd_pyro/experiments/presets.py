@@ -51,6 +51,7 @@ _TEXT: dict[str, Any] = {
     # probabilities depend on the state, onto one of them (docs/real_data.md).
     "prior": "product",
     "num_codes": 16,
+    "latent_dim": 32,  # of other priors: codes of a product have eight numbers
     "sizes": {"hidden_dim": 128, "num_layers": 2, "num_heads": 4, "latent_hidden_dim": 32},
     "times": "uniform",
     "num_iterations": 3000,
@@ -128,7 +129,6 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             # With 50,257 tokens the logits of 16 codes are too many.
             "prior": "standard_normal",
             "guide": "relative",
-            "latent_dim": 32,
             "times": "part_targets",
             "data_options": {"length": 128, "tokenizer": "gpt2"},
         },

@@ -19,6 +19,7 @@ from vadd_pyro import plotting
 from vadd_pyro.checkpoints import read_json, write_json, write_whole
 from vadd_pyro.experiments.drawing import write_figure
 from vadd_pyro.experiments.evaluation import QUALITY
+from vadd_pyro.inspection.verdicts import USED
 
 __all__ = [
     "FILES",
@@ -32,7 +33,6 @@ __all__ = [
 
 FILES = {"equal": "evaluation.json", "best": "evaluation_best.json"}  # by time grids
 _ONE_TOKEN = "one token"
-_COLLAPSED = 0.05  # nats
 _BITS = 1 / math.log(2)
 
 
@@ -71,7 +71,7 @@ def latents(folder: str | Path) -> str | None:
         carried = sum(history["kl_per_dimension"][-1])
     units = history["active_units"][-1]
     told = f"{carried:.2f} nats of a row where all is masked, {units} in use"
-    if carried >= _COLLAPSED:
+    if carried >= USED:
         return f"its latents tell {told}"
     return (
         f"its latents have collapsed: they tell {told}, and a model without them would do as "

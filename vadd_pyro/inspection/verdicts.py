@@ -14,6 +14,7 @@ from torch import Tensor
 from vadd_pyro.monitor import LatentStatistics
 
 __all__ = [
+    "USED",
     "Verdict",
     "aggregate_verdict",
     "calibration_verdict",
@@ -26,7 +27,7 @@ __all__ = [
     "reference_verdict",
 ]
 
-_USED = 0.05  # nats; below, a latent carries nothing that matters
+USED = 0.05  # nats; below, a latent carries nothing that matters
 
 
 class Verdict(NamedTuple):
@@ -71,13 +72,13 @@ def latent_verdict(statistics: LatentStatistics | None) -> Verdict:
         value = bound if least else f"{information:.2f} nats"
         said += f", mutual information of row and latent {value}"
     units = f"{statistics.active_units} of {statistics.num_units} latent units active"
-    if kl < _USED:
-        text = f"collapsed: the posterior is the prior ({said}; below {_USED} nats); {units}"
+    if kl < USED:
+        text = f"collapsed: the posterior is the prior ({said}; below {USED} nats); {units}"
         return Verdict("bad", text, numbers)
-    if information is not None and information < _USED:
+    if information is not None and information < USED:
         text = (
             "collapsed: the guide differs from the prior but tells no rows apart "
-            f"({said}; below {_USED} nats); {units}"
+            f"({said}; below {USED} nats); {units}"
         )
         return Verdict("bad", text, numbers)
     return Verdict("good", f"healthy: {said}; {units}", numbers)
@@ -125,10 +126,10 @@ def coupling_verdict(
     error = math.hypot(stderr, (upper - lower) / 2)
     said = f"{value:.3f} nats ± {error:.3f}"
     if truth is None:
-        level = "good" if value - 2 * error > _USED else "note"
+        level = "good" if value - 2 * error > USED else "note"
         text = f"positions written at once share {said} through the latent"
         return Verdict(level, text, numbers)
-    if truth < _USED:
+    if truth < USED:
         text = f"the positions of the data share {truth:.3f} nats, the model's {said}"
         return Verdict("note", text, numbers)
     numbers["share"] = share = value / truth
