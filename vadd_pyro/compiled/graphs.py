@@ -25,7 +25,16 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["NotOneGraphError", "capture", "compile_graph", "first_line", "sum_once"]
+__all__ = ["IN_ORDER", "NotOneGraphError", "capture", "compile_graph", "first_line", "sum_once"]
+
+# Options of inductor under which a graph draws torch's own random numbers, one after the other as
+# the programs do. Its passes for locality and memory move draws past each other, as nothing says
+# that these depend on each other (seen on a GPU, torch 2.11).
+IN_ORDER = {
+    "fallback_random": True,
+    "reorder_for_locality": False,
+    "reorder_for_peak_memory": False,
+}
 
 _LOOKS = {
     "__bool__": "bool() or a condition (if, while, assert, and, or)",
@@ -185,7 +194,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
     sum_once(graph)
     try:
         with (
-            torch._inductor.config.patch(fallback_random=True),
+            torch._inductor.config.patch(IN_ORDER),
             no_grad(),
             warnings.catch_warnings(),
         ):

@@ -14,6 +14,8 @@ from typing import Any
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
+from vadd_pyro.compiled.graphs import IN_ORDER
+
 __all__ = ["compiled_networks", "silent_networks"]
 
 
@@ -80,7 +82,7 @@ def compiled_networks(networks: Sequence[nn.Module]) -> Iterator[None]:
     """
     before = [network._compiled_call_impl for network in networks]
     for network in networks:
-        network.compile(options={"fallback_random": True})
+        network.compile(options=dict(IN_ORDER))
     try:
         yield
     finally:

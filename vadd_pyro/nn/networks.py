@@ -337,6 +337,11 @@ class TransformerNetworks(Networks):
     def _recognition(self, fewer: int) -> TransformerFeatures:
         return TransformerFeatures(self.process, **self._shared(fewer))
 
+    def state(self) -> State:
+        # Unscaled, code probabilities of text settled on one code before codes differed
+        # (docs/real_data.md).
+        return State(self._recognition(1), self.hidden_dim**-0.5)
+
 
 def _fewer(number: int, by: int) -> int:
     """So many fewer, but at least one. None fewer, it is handed on for the backbone to check."""

@@ -29,6 +29,9 @@ class State(nn.Module):
     Args:
         features: such as :class:`~vadd_pyro.nn.ResidualFeatures`. The time is told if they were
             made with ``time_conditioning``.
+        scale: what they are multiplied by. Adam moves all weights of a linear map of ``F`` features
+            at once, so that what a prior reads off them moves ``F`` times as fast as a number of
+            its own does, if features are about one; ``F ** -0.5`` takes the root of that away.
 
     Shapes:
         a :class:`MaskedBatch` of ``B`` rows, whose ``x_0`` may be None, gives ``(B, F)``; only
@@ -38,7 +41,7 @@ class State(nn.Module):
         TypeError: for features that do not tell a state.
     """
 
-    def __init__(self, features: Features) -> None:
+    def __init__(self, features: Features, scale: float = 1.0) -> None:
         super().__init__()
         if not (hasattr(features, "state") and hasattr(features, "feature_dim")):
             raise TypeError(
@@ -47,9 +50,11 @@ class State(nn.Module):
             )
         self.features = features
         self.feature_dim = features.feature_dim
+        self.scale = scale
 
     def forward(self, batch: MaskedBatch) -> Tensor:
-        return self.features.state(batch)
+        h = self.features.state(batch)
+        return h if self.scale == 1.0 else self.scale * h
 
 
 class StateNormal(nn.Module):
