@@ -34,7 +34,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from common import medians, processor
-from hand import normal_loss, optimiser, training_step
+from hand import normal_loss, optimiser, plain, training_step
 from package import graph_step, program_step
 from torch import nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
@@ -126,7 +126,7 @@ def peak_of(name: str) -> float | None:
 
 def step_flops(size: Size, decoder: nn.Module, encoder: nn.Module, device: str) -> float:
     """FLOPs of the matrix products of one training step, counted on a few rows."""
-    loss_of = normal_loss(decoder, encoder, size.vocab_size)
+    loss_of = normal_loss(plain(decoder), plain(encoder), size.vocab_size)
     x_0 = torch.randint(size.vocab_size, (COUNTED, size.length), device=device)
     with (
         FlopCounterMode(display=False) as counter,
@@ -152,7 +152,10 @@ def make_variants(
 
     variants: dict[str, Callable[[], Any]] = {
         "hand": training_step(
-            normal_loss(*pairs[0], size.vocab_size), optimiser(*pairs[0]), x_0, autocast=autocast
+            normal_loss(*map(plain, pairs[0]), size.vocab_size),
+            optimiser(*pairs[0]),
+            x_0,
+            autocast=autocast,
         ),
         "package": program_step(elbo, *programs(pairs[1]), x_0, autocast),
     }
@@ -243,8 +246,8 @@ def main() -> int:
             used = found["utilisation"]
             share = "" if used is None else f", MFU {used['hand']:.3f} and {used['best']:.3f}"
             print(f"{key}: {size.what}: {each}{share}", flush=True)
-    if arguments.json:
-        Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
+            if arguments.json:  # at once: the next may compile for longer than a machine is lent
+                Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0
 
 

@@ -26,7 +26,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from common import medians
-from hand import code_loss, normal_loss, optimiser, training_step
+from hand import code_loss, normal_loss, optimiser, plain, training_step
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 from matplotlib.ticker import FuncFormatter, LogLocator
@@ -100,13 +100,13 @@ def training(point: Point, compiled: bool) -> dict[str, Callable[[], Any]]:
         codes = models.Categorical(point.codes, LATENT_DIM)
         own, own_codes = copy.deepcopy((decoder, codes))
         logits = nn.Parameter(torch.zeros(point.codes))
-        loss_of = code_loss(own, logits, own_codes.embedding, point.tokens)
+        loss_of = code_loss(plain(own), logits, own_codes.embedding, point.tokens)
         adam = optimiser(own, own_codes.embedding)
         adam.add_param_group({"params": [logits]})
         model, guide = models.VADD(decoder, codes), guides.NoLatent()
     else:
         own, own_encoder = pair()
-        loss_of = normal_loss(own, own_encoder, point.tokens, point.particles)
+        loss_of = normal_loss(plain(own), plain(own_encoder), point.tokens, point.particles)
         adam = optimiser(own, own_encoder)
         model, guide = models.VADD(decoder, prior), guides.AmortizedNormal(encoder)
     variants: dict[str, Callable[[], Any]] = {

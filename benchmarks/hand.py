@@ -1,7 +1,8 @@
 """The yardsticks: training steps as one writes them by hand in PyTorch, without Pyro.
 
 Corrupt, encode, draw a latent, decode, cross-entropy at masked positions, closed-form KL (or the
-sum over all codes), backward, Adam. The networks are given and know nothing of it.
+sum over all codes), backward, Adam. The networks are given and know nothing of it; perceptrons are
+run here layer by layer (:func:`plain`), since those of the package save work in their first one.
 """
 
 from __future__ import annotations
@@ -14,9 +15,61 @@ import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
-__all__ = ["code_loss", "normal_loss", "optimiser", "training_step"]
+from vadd_pyro.nn import MLPDecoder, MLPEncoder
+from vadd_pyro.nn.base import normal_parameters
+
+__all__ = [
+    "PlainDecoder",
+    "PlainEncoder",
+    "code_loss",
+    "normal_loss",
+    "optimiser",
+    "plain",
+    "training_step",
+]
 
 Loss = Callable[[Tensor], Tensor]
+
+
+class PlainDecoder(nn.Module):
+    """The layers of an :class:`~vadd_pyro.nn.MLPDecoder`, one after the other as one writes them,
+    without its ways of saving work.
+
+    Args:
+        decoder: which is not told the time.
+    """
+
+    def __init__(self, decoder: MLPDecoder) -> None:
+        super().__init__()
+        self.layers = decoder
+
+    def forward(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> Tensor:
+        of = self.layers
+        h = of.tokens(of.embedding(x_t).flatten(-2))
+        if of.latent is not None:
+            h = h + of.latent(z)
+        return of.head(of.hidden(h)).unflatten(-1, (of.length, of.vocab_size))
+
+
+class PlainEncoder(nn.Module):
+    """The same of an :class:`~vadd_pyro.nn.MLPEncoder`."""
+
+    def __init__(self, encoder: MLPEncoder) -> None:
+        super().__init__()
+        self.layers = encoder
+
+    def forward(self, batch: Fields) -> tuple[Tensor, Tensor]:
+        of = self.layers.features
+        kinds = batch.masked.long() + batch.target.long()
+        h = of.tokens((of.embedding(batch.x_0) + of.status(kinds)).flatten(-2))
+        return normal_parameters(self.layers.head(of.hidden(h)))
+
+
+def plain(network: nn.Module) -> nn.Module:
+    """A network as one writes it by hand."""
+    if type(network) is MLPDecoder:
+        return PlainDecoder(network)
+    return PlainEncoder(network) if type(network) is MLPEncoder else network
 
 
 class Fields:

@@ -25,7 +25,7 @@ import pyro
 import pyro.distributions as dist
 import torch
 from common import SIZES, TARGETS, Size, medians
-from hand import normal_loss, optimiser, training_step
+from hand import normal_loss, optimiser, plain, training_step
 from package import graph_step, program_step
 from torch import Tensor, nn
 
@@ -114,7 +114,7 @@ def by_hand(
     size: Size, pair: tuple[nn.Module, nn.Module], x_0: Tensor, compiled: bool = False
 ) -> Callable[[], None]:
     """The yardstick, as it stands or under ``torch.compile``."""
-    loss_of = normal_loss(*pair, size.vocab_size)
+    loss_of = normal_loss(*map(plain, pair), size.vocab_size)
     return training_step(loss_of, optimiser(*pair), x_0, compiled=compiled)
 
 

@@ -257,13 +257,13 @@ def test_the_loop_by_hand_has_the_loss_of_the_package(bench, kind):
     elbo = MaskedDiffusionELBO(process, num_particles=particles)
     if kind == "codes":
         prior = models.Categorical(4, 2)
-        loss_of = hand.code_loss(decoder, torch.zeros(4), prior.embedding, 5)
+        loss_of = hand.code_loss(hand.plain(decoder), torch.zeros(4), prior.embedding, 5)
         guide = guides.NoLatent()
     else:
         prior = models.StandardNormal(2)
         encoder = MLPEncoder(process, 2, hidden_dim=8, num_layers=2, embedding_dim=4)
         guide = guides.AmortizedNormal(encoder)
-        loss_of = hand.normal_loss(decoder, encoder, 5, particles)
+        loss_of = hand.normal_loss(hand.plain(decoder), hand.plain(encoder), 5, particles)
     x_0 = torch.randint(5, (64, 3)).repeat(100, 1)
     with pyro.settings.context(module_local_params=True), torch.no_grad():
         loss = elbo(models.VADD(decoder, prior), guide)

@@ -905,3 +905,16 @@ def test_the_module_form_says_why_it_runs_uncompiled_and_takes_no_other_loss():
         assert compiled(X[:8]).isfinite()
     with pytest.raises(TypeError, match="loss must be elbo"):
         CompiledLoss(model)
+
+
+def test_options_of_the_compiler_are_known_to_it():
+    import torch._inductor.config
+
+    from vadd_pyro.compiled.graphs import own_draws
+
+    assert own_draws(torch.device("cpu")) == {"fallback_random": True}
+    options = own_draws(torch.device("cuda"))
+    assert not options.pop("reorder_for_locality")
+    assert not options.pop("reorder_for_peak_memory")
+    with torch._inductor.config.patch(own_draws(torch.device("cuda"))):  # or an unknown name
+        assert torch._inductor.config.fallback_random

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pyro
@@ -378,3 +379,64 @@ def test_the_samples_are_those_of_the_long_way():
         long = sample(models.VADD(Long(net), prior), process, 300, 7, seed=3, **options)
         # Rounding may tip a draw, one in ten thousands.
         assert (short != long).any(-1).double().mean() < 0.01
+
+
+# ---------------------------------------------------------------------- training by indicators
+
+
+def _networks_of_tokens(process):
+    sizes = dict(hidden_dim=6, num_layers=2, embedding_dim=7)
+    decoder = MLPDecoder(process, 2, **sizes)
+    encoder = backbones.MLPEncoder(process, 2, **sizes)
+    return decoder, encoder, backbones.StateFeatures(process, **sizes)
+
+
+def _results(networks, batch, z):
+    decoder, encoder, state = networks
+    outputs = [decoder(batch.x_t, z, batch.t), *encoder(batch), state(batch)]
+    parameters = [p for network in networks for p in network.parameters()]
+    loss = sum((value.double() * value.double().cos()).sum() for value in outputs)
+    return outputs, torch.autograd.grad(loss, parameters)
+
+
+@pytest.mark.parametrize("vocab_size", [2, 4])
+def test_indicators_give_the_layer_and_its_gradients(vocab_size, monkeypatch):
+    torch.manual_seed(0)
+    process = MaskingProcess(vocab_size, 5)
+    networks = [network.double() for network in _networks_of_tokens(process)]
+    torch.nn.init.normal_(networks[0].head.weight)
+    x_0 = torch.randint(vocab_size, (400, 5))
+    batch = process.corrupt(x_0, torch.rand(400, dtype=torch.float64))
+    target = batch.masked & (torch.rand(400, 5) < 0.5)
+    batch = replace(batch, t=batch.t.double(), target=target)
+    z = torch.randn(400, 2, dtype=torch.float64)
+    taken = []
+    short = lookup._indicated
+    monkeypatch.setattr(lookup, "_indicated", lambda *a: taken.append(len(a[1])) or short(*a))
+    found = _results(networks, batch, z)
+    assert taken == [1, 2, 1]  # the decoder's table, both of the encoder, the state's
+    monkeypatch.setattr(lookup, "_by_indicators", lambda *a: False)
+    expected = _results(networks, batch, z)
+    assert len(taken) == 3
+    for one, other in zip([*found[0], *found[1]], [*expected[0], *expected[1]], strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-10, atol=1e-10)
+
+
+def test_indicators_are_for_training_what_is_plain_and_many_rows():
+    layer, table, ids = nn.Linear(5 * 7, 6), nn.Embedding(3, 7), torch.zeros(400, 5).long()
+
+    def asked(*tables, rows=400):
+        return lookup._by_indicators(layer, tables, ids[:rows])
+
+    assert asked(table)
+    assert asked(table, nn.Embedding(3, 7))
+    assert not asked(table, rows=4)  # making the weights would cost more than a dense layer
+    assert not asked(nn.Embedding(9, 7))  # more indicators than numbers of a vector
+    assert not asked(nn.Embedding(3, 7, padding_idx=0))
+    assert not asked(nn.Embedding(3, 7, max_norm=1.0))
+    with torch.no_grad():
+        assert not asked(table)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert not asked(table)
+    table.register_forward_hook(lambda *a: None)
+    assert not asked(table)

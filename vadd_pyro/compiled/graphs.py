@@ -25,16 +25,7 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["IN_ORDER", "NotOneGraphError", "capture", "compile_graph", "first_line", "sum_once"]
-
-# Options of inductor under which a graph draws torch's own random numbers, one after the other as
-# the programs do. Its passes for locality and memory move draws past each other, as nothing says
-# that these depend on each other (seen on a GPU, torch 2.11).
-IN_ORDER = {
-    "fallback_random": True,
-    "reorder_for_locality": False,
-    "reorder_for_peak_memory": False,
-}
+__all__ = ["NotOneGraphError", "capture", "compile_graph", "first_line", "own_draws", "sum_once"]
 
 _LOOKS = {
     "__bool__": "bool() or a condition (if, while, assert, and, or)",
@@ -173,6 +164,19 @@ def sum_once(graph: GraphModule) -> None:
     graph.recompile()
 
 
+def own_draws(device: torch.device) -> dict[str, bool]:
+    """Options of inductor under which a graph draws torch's own random numbers, one after the
+    other as the programs do.
+
+    On GPUs its passes for locality and memory move draws past each other, for nothing says that
+    one depends on the one before (seen with torch 2.11).
+    """
+    options = {"fallback_random": True}
+    if device.type != "cpu":
+        options |= {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+    return options
+
+
 def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[..., Any]:
     """Machine code for a graph, of the same random numbers as torch's own operations.
 
@@ -194,7 +198,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
     sum_once(graph)
     try:
         with (
-            torch._inductor.config.patch(IN_ORDER),
+            torch._inductor.config.patch(own_draws(inputs[0].device)),
             no_grad(),
             warnings.catch_warnings(),
         ):

@@ -11,10 +11,11 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
+import torch
 from pyro.poutine.messenger import Messenger
 from torch import Tensor, nn
 
-from vadd_pyro.compiled.graphs import IN_ORDER
+from vadd_pyro.compiled.graphs import own_draws
 
 __all__ = ["compiled_networks", "silent_networks"]
 
@@ -82,7 +83,8 @@ def compiled_networks(networks: Sequence[nn.Module]) -> Iterator[None]:
     """
     before = [network._compiled_call_impl for network in networks]
     for network in networks:
-        network.compile(options=dict(IN_ORDER))
+        device = next((p.device for p in network.parameters()), torch.device("cpu"))
+        network.compile(options=own_draws(device))
     try:
         yield
     finally:

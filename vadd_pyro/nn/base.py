@@ -235,7 +235,11 @@ class Features(nn.Module):
         if batch.x_0 is None:
             raise ValueError("batch.x_0 is None: a recognition network needs the clean tokens")
         self._check_rows("x_0", batch.x_0)
-        return self._features(embedding(batch.x_0, self._token_vectors()), batch)
+        return self._of_tokens(batch.x_0, batch)
+
+    def _of_tokens(self, x_0: Tensor, batch: MaskedBatch) -> Tensor:
+        """``(B, F)`` from clean tokens ``(B, D)``."""
+        return self._features(embedding(x_0, self._token_vectors()), batch)
 
     def state(self, batch: MaskedBatch) -> Tensor:
         """Features ``(B, F)`` of the state ``(x_t, t)``: what a prior or a model may look at.

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder, normal_parameters
 from vadd_pyro.nn.chosen import chosen_logits
 from vadd_pyro.nn.conditioning import full_precision
-from vadd_pyro.nn.lookup import token_layer
+from vadd_pyro.nn.lookup import summed_layer, token_layer
 from vadd_pyro.nn.state import StateNormal
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
@@ -140,12 +140,23 @@ class MLPFeatures(Features):
     def _token_vectors(self) -> Tensor:
         return self.embedding.weight
 
+    def _of_tokens(self, x_0: Tensor, batch: MaskedBatch) -> Tensor:
+        tables = [self.embedding, self.status]
+        return self._above(summed_layer(self.tokens, tables, [x_0, _kinds(batch)]), batch)
+
     def _features(self, codes: Tensor, batch: MaskedBatch) -> Tensor:
-        status = batch.masked.long() + batch.target.long()
-        h = self.tokens((codes + self.status(status)).flatten(-2))
+        return self._above(self.tokens((codes + self.status(_kinds(batch))).flatten(-2)), batch)
+
+    def _above(self, h: Tensor, batch: MaskedBatch) -> Tensor:
+        """What follows the layer of tokens."""
         if self.time is not None:
             h = h + self.time(batch.t.unsqueeze(-1))
         return self.hidden(h)
+
+
+def _kinds(batch: MaskedBatch) -> Tensor:
+    """0 at visible positions, 1 at masked ones and 2 at those that are targeted, ``(B, D)``."""
+    return batch.masked.long() + batch.target.long()
 
 
 class MLPEncoder(NormalEncoder):
@@ -209,8 +220,8 @@ class StateFeatures(nn.Module):
         self.hidden = _Hidden(hidden_dim, num_layers)
 
     def forward(self, batch: MaskedBatch) -> Tensor:
-        h = self.tokens(self.embedding(batch.x_t).flatten(-2)) + self.time(batch.t.unsqueeze(-1))
-        return self.hidden(h)
+        h = summed_layer(self.tokens, [self.embedding], [batch.x_t])
+        return self.hidden(h + self.time(batch.t.unsqueeze(-1)))
 
 
 class StateEncoder(StateNormal):

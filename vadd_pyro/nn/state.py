@@ -29,9 +29,9 @@ class State(nn.Module):
     Args:
         features: such as :class:`~vadd_pyro.nn.ResidualFeatures`. The time is told if they were
             made with ``time_conditioning``.
-        scale: what they are multiplied by. Adam moves all weights of a linear map of ``F`` features
-            at once, so that what a prior reads off them moves ``F`` times as fast as a number of
-            its own does, if features are about one; ``F ** -0.5`` takes the root of that away.
+        scale: what they are multiplied by. Adam moves all weights of a linear map of ``F``
+            features at once, so that what a prior reads off features of about one moves up to
+            ``F`` times as fast as a number of its own; ``F ** -0.5`` takes the root of that away.
 
     Shapes:
         a :class:`MaskedBatch` of ``B`` rows, whose ``x_0`` may be None, gives ``(B, F)``; only
