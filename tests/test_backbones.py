@@ -12,10 +12,12 @@ import pytest
 import torch
 from pyro import poutine
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models
 from vadd_pyro import nn as backbones
+from vadd_pyro.nn import attention
 from vadd_pyro.nn.attention import Rotary, SelfAttention
 from vadd_pyro.nn.conditioning import TokenCode
 
@@ -646,3 +648,38 @@ def test_blocks_of_a_transformer_take_part_from_the_first_update():
         decoder(x_t, None, t).square().sum().backward()
         for name, weight in decoder.trunk.blocks.named_parameters():
             assert weight.grad.abs().max() > 0, name
+
+
+class _OnGPU:
+    """A tensor that says that it lies on a GPU."""
+
+    is_cuda = True
+
+
+def test_attention_on_gpus_leaves_cudnns_kernels_out(monkeypatch):
+    def flags():
+        cuda = torch.backends.cuda
+        own = cuda.flash_sdp_enabled(), cuda.mem_efficient_sdp_enabled(), cuda.math_sdp_enabled()
+        return *own, cuda.cudnn_sdp_enabled()
+
+    monkeypatch.setattr(attention, "scaled_dot_product_attention", lambda *a: flags())
+    before = flags()
+    assert attention.attend(_OnGPU(), None, None) == (*before[:3], False)
+    with sdpa_kernel(SDPBackend.MATH):  # somebody's choice stays
+        assert attention.attend(_OnGPU(), None, None) == (False, False, True, False)
+    with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
+        assert attention.attend(_OnGPU(), None, None) == (False, False, False, True)
+    assert flags() == before
+
+
+def test_attention_without_cudnn_compiles_as_one_graph(monkeypatch):
+    layer = SelfAttention(16, 2, Rotary(8, 8))
+    x = torch.randn(3, 8, 16)
+    expected = layer(x)
+
+    def attend(query, key, value):
+        with sdpa_kernel(attention._kinds_allowed()):
+            return torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    monkeypatch.setattr(attention, "attend", attend)
+    torch.testing.assert_close(torch.compile(layer, fullgraph=True)(x), expected)

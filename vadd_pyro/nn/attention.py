@@ -16,11 +16,12 @@ import math
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
 
 from vadd_pyro.process import check_size
 
-__all__ = ["AttentionPool", "Rotary", "SelfAttention", "check_heads"]
+__all__ = ["AttentionPool", "Rotary", "SelfAttention", "attend", "check_heads"]
 
 
 def check_heads(num_heads: int, width: int, *, even: bool = False) -> None:
@@ -77,6 +78,34 @@ class Rotary(nn.Module):
         return turned.to(x.dtype)
 
 
+def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """``softmax(query key^T / sqrt(size)) value`` by torch's kernels, but for cuDNN's on GPUs.
+
+    Its backward pass of rows of 64, 192, 320, ... positions has gradients that are no numbers
+    where logits are below -88 (pytorch issue 196678; met here at 64 positions, in half precision).
+
+    Args:
+        query, key, value: ``(rows, heads, positions, size)``.
+    """
+    kinds = _kinds_allowed() if query.is_cuda else []
+    if not kinds:
+        return scaled_dot_product_attention(query, key, value)
+    with sdpa_kernel(kinds):
+        return scaled_dot_product_attention(query, key, value)
+
+
+def _kinds_allowed() -> list[SDPBackend]:
+    """Kernels other than cuDNN's, of those that are allowed now; dynamo cannot ask, so all."""
+    if torch.compiler.is_compiling():
+        return [SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    allowed = {
+        SDPBackend.FLASH_ATTENTION: torch.backends.cuda.flash_sdp_enabled(),
+        SDPBackend.EFFICIENT_ATTENTION: torch.backends.cuda.mem_efficient_sdp_enabled(),
+        SDPBackend.MATH: torch.backends.cuda.math_sdp_enabled(),
+    }
+    return [kind for kind, allowed_now in allowed.items() if allowed_now]
+
+
 class SelfAttention(nn.Module):
     """Every position attends to all positions of its row.
 
@@ -103,7 +132,7 @@ class SelfAttention(nn.Module):
         query, key, value = qkv.permute(2, 0, 3, 1, 4).unbind(0)
         if self.rotary is not None:
             query, key = self.rotary(query), self.rotary(key)
-        mixed = scaled_dot_product_attention(query, key, value)
+        mixed = attend(query, key, value)
         return self.output(mixed.transpose(1, 2).reshape(h.shape))
 
 
@@ -130,7 +159,7 @@ class AttentionPool(nn.Module):
         pairs = self.inputs(h).reshape(-1, h.shape[-2], 2, self.num_heads, _head_dim(h, self))
         key, value = pairs.permute(2, 0, 3, 1, 4).unbind(0)
         query = self.query.to(key.dtype).expand(len(key), -1, -1, -1)
-        mixed = scaled_dot_product_attention(query, key, value)
+        mixed = attend(query, key, value)
         return self.output(mixed.reshape(h.shape[:-2] + h.shape[-1:]))
 
 
