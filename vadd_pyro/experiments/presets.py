@@ -47,8 +47,9 @@ _IMAGES: dict[str, Any] = {
 }
 _TEXT: dict[str, Any] = {
     "backbone": "transformer",
-    # On what text there is time to learn here N(0, I) collapsed, and so did codes whose
-    # probabilities depend on the state, onto one of them (docs/real_data.md).
+    # On what text there is time to learn here N(0, I) collapsed. Codes whose probabilities depend
+    # on the state are worth more from two steps on, and take half as long again
+    # (docs/real_data.md).
     "prior": "product",
     "num_codes": 16,
     "latent_dim": 32,  # of other priors: codes of a product have eight numbers
