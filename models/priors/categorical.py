@@ -7,7 +7,8 @@ r"""Categorical latents: ``C`` codes summed out exactly, and products of ``L`` c
 One code (``Categorical``) needs no guide (:class:`vadd_pyro.guides.NoLatent`) and has no gap; its
 cost grows with ``C``. Probabilities that depend on the state may settle on one code before codes
 differ, if features of the state are large: on text they did until these were divided by the root
-of their number (docs/real_data.md). Constant ones did not. A product has :math:`C^L` combinations at linear cost, and a guide of its own where they are too many to be summed.
+of their number (docs/real_data.md). Constant ones did not. A product has :math:`C^L` combinations
+at linear cost, and a guide of its own where they are too many to be summed.
 """
 
 from __future__ import annotations
