@@ -440,3 +440,28 @@ def test_indicators_are_for_training_what_is_plain_and_many_rows():
         assert not asked(table)
     table.register_forward_hook(lambda *a: None)
     assert not asked(table)
+
+
+def test_what_is_changed_in_features_is_not_passed_over():
+    class Shifted(backbones.MLPFeatures):
+        def _features(self, codes, batch):
+            return super()._features(codes, batch) + 100
+
+    process = MaskingProcess(2, 5)
+    batch = process.corrupt(torch.randint(2, (400, 5)), torch.rand(400))
+    shifted = Shifted(process, hidden_dim=6, num_layers=2, embedding_dim=7)
+    assert shifted(batch).mean() > 90
+    features = backbones.MLPFeatures(process, hidden_dim=6, num_layers=2, embedding_dim=7)
+    seen = []
+    features.tokens.register_full_backward_hook(lambda *a: seen.append(1))
+    features(batch).sum().backward()
+    assert seen == [1]
+
+
+@pytest.mark.parametrize("token", [-1, 3])
+def test_indicators_refuse_what_is_no_token(token):
+    decoder = MLPDecoder(MaskingProcess(2, 5), hidden_dim=6, num_layers=2, embedding_dim=7)
+    x_t = torch.zeros(400, 5).long()
+    x_t[7, 2] = token
+    with pytest.raises(IndexError):
+        decoder(x_t, None, torch.rand(400))

@@ -171,9 +171,12 @@ def own_draws(device: torch.device) -> dict[str, bool]:
     On GPUs its passes for locality and memory move draws past each other, for nothing says that
     one depends on the one before (seen with torch 2.11).
     """
+    import torch._inductor.config
+
     options = {"fallback_random": True}
     if device.type != "cpu":
-        options |= {"reorder_for_locality": False, "reorder_for_peak_memory": False}
+        passes = "reorder_for_locality", "reorder_for_peak_memory"
+        options |= {name: False for name in passes if hasattr(torch._inductor.config, name)}
     return options
 
 

@@ -25,13 +25,13 @@ from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import embedding_bag, linear
+from torch.nn.functional import embedding, embedding_bag, linear
 
 from vadd_pyro.nn.conditioning import TokenCode
 from vadd_pyro.nn.memory import row_memory
 from vadd_pyro.nn.shortcuts import is_plain, may_shorten, row_starts
 
-__all__ = ["summed_layer", "token_layer"]
+__all__ = ["indicated_layer", "token_layer"]
 
 _TABLE = 2**22  # numbers of the largest table
 _LOOKUP = 4.0  # what adding a number from a table costs, in multiplications of a dense layer
@@ -55,7 +55,9 @@ def token_layer(
         if found is not None:
             return found
     if codes is None and type(tokens) is nn.Embedding:
-        return summed_layer(layer, [tokens], [x_t])
+        found = indicated_layer(layer, [tokens], [x_t])
+        if found is not None:
+            return found
     return layer((tokens(x_t) if codes is None else codes).flatten(-2))
 
 
@@ -81,22 +83,25 @@ def _looked_up(layer: nn.Linear, tokens: nn.Module, x_t: Tensor) -> Tensor | Non
     return sums.of(x_t, memory.rows)
 
 
-def summed_layer(
+def indicated_layer(
     layer: nn.Linear, tables: Sequence[nn.Embedding], ids: Sequence[Tensor]
-) -> Tensor:
-    """``layer(sum(table(id)).flatten(-2))``, with gradients by as few multiplications as will do.
+) -> Tensor | None:
+    """``layer(sum(table(id)).flatten(-2))``, with gradients, as a function of indicators; None
+    where that takes more multiplications or is not known to be the same.
 
     Args:
         layer: from ``D e`` numbers.
         tables: vectors ``(V, e)`` each.
         ids: which of them a position takes, ``(..., D)`` for each table.
+
+    Raises:
+        IndexError: for those that a table does not have.
     """
-    if _by_indicators(layer, tables, ids[0]):
-        return _indicated(layer, [table.weight for table in tables], ids)
-    codes = tables[0](ids[0])
-    for table, index in zip(tables[1:], ids[1:], strict=True):
-        codes = codes + table(index)
-    return layer(codes.flatten(-2))
+    if not _by_indicators(layer, tables, ids[0]):
+        return None
+    for table, index in zip(tables, ids, strict=True):
+        embedding(index, table.weight.detach()[:, :1])  # refuses what is no token
+    return _indicated(layer, [table.weight for table in tables], ids)
 
 
 def _by_indicators(layer: nn.Linear, tables: Sequence[nn.Embedding], ids: Tensor) -> bool:

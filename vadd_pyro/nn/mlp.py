@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder, normal_parameters
 from vadd_pyro.nn.chosen import chosen_logits
 from vadd_pyro.nn.conditioning import full_precision
-from vadd_pyro.nn.lookup import summed_layer, token_layer
+from vadd_pyro.nn.lookup import indicated_layer, token_layer
 from vadd_pyro.nn.state import StateNormal
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
@@ -141,8 +141,15 @@ class MLPFeatures(Features):
         return self.embedding.weight
 
     def _of_tokens(self, x_0: Tensor, batch: MaskedBatch) -> Tensor:
-        tables = [self.embedding, self.status]
-        return self._above(summed_layer(self.tokens, tables, [x_0, _kinds(batch)]), batch)
+        kind = type(self)
+        if kind._features is MLPFeatures._features and (
+            kind._token_vectors is MLPFeatures._token_vectors
+        ):
+            tables = [self.embedding, self.status]
+            h = indicated_layer(self.tokens, tables, [x_0, _kinds(batch)])
+            if h is not None:
+                return self._above(h, batch)
+        return super()._of_tokens(x_0, batch)
 
     def _features(self, codes: Tensor, batch: MaskedBatch) -> Tensor:
         return self._above(self.tokens((codes + self.status(_kinds(batch))).flatten(-2)), batch)
@@ -220,7 +227,9 @@ class StateFeatures(nn.Module):
         self.hidden = _Hidden(hidden_dim, num_layers)
 
     def forward(self, batch: MaskedBatch) -> Tensor:
-        h = summed_layer(self.tokens, [self.embedding], [batch.x_t])
+        h = indicated_layer(self.tokens, [self.embedding], [batch.x_t])
+        if h is None:
+            h = self.tokens(self.embedding(batch.x_t).flatten(-2))
         return self.hidden(h + self.time(batch.t.unsqueeze(-1)))
 
 

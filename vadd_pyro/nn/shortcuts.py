@@ -18,7 +18,12 @@ _LEAST = 2**22  # multiplications of a layer that are worth the trouble
 def is_plain(*modules: nn.Module) -> bool:
     """Whether nothing is hung on modules, so that their parameters say what they do."""
     return not any(
-        m._forward_hooks or m._forward_pre_hooks or m._compiled_call_impl is not None
+        m._forward_hooks
+        or m._forward_pre_hooks
+        or m._backward_hooks
+        or m._backward_pre_hooks
+        or m._compiled_call_impl is not None
+        or "forward" in m.__dict__
         for m in modules
     )
 
