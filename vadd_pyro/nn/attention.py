@@ -81,8 +81,10 @@ class Rotary(nn.Module):
 def attend(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """``softmax(query key^T / sqrt(size)) value`` by torch's kernels, but for cuDNN's on GPUs.
 
-    Its backward pass of rows of 64, 192, 320, ... positions has gradients that are no numbers
-    where logits are below -88 (pytorch issue 196678; met here at 64 positions, in half precision).
+    Its backward pass is reported to give gradients that are no numbers on H100 in half precision,
+    where logits are far below zero (pytorch issue 196678, with a mask and 64, 192, 320, ...
+    positions). Such gradients were met here at 64 positions, without a mask; that this kernel made
+    them is likely and was not shown.
 
     Args:
         query, key, value: ``(rows, heads, positions, size)``.
