@@ -34,7 +34,7 @@ from conftest import small_pair
 from training_runs import limit_files
 
 from vadd_pyro import LinearAnnealing, MaskedDiffusionELBO, MaskingProcess, checkpoints, data, fit
-from vadd_pyro.checkpoints import load_checkpoint, newest_checkpoint
+from vadd_pyro.checkpoints import load_checkpoint, newest_checkpoint, previous_of
 
 NUM_ITERATIONS = 32
 EVERY = 4
@@ -88,7 +88,7 @@ def die_before_call(number: int) -> None:
 
         return call
 
-    os.fsync, os.replace = counted(os.fsync), counted(os.replace)
+    os.fsync, os.link, os.replace = map(counted, (os.fsync, os.link, os.replace))
 
 
 def fork(path: Path, prepare: Callable[[], None]) -> tuple[int, int]:
@@ -159,7 +159,7 @@ def main(folder: Path, num_kills: int, seed: int) -> dict[str, Any]:
     whole = load_checkpoint(folder / "whole.pt")
     size = (folder / "whole.pt").stat().st_size
     kills = dict.fromkeys(WAYS, 0)
-    found: dict[str, Any] = {"kills": kills, "runs": 0, "left_partial": 0, "left_previous": 0}
+    found: dict[str, Any] = {"kills": kills, "runs": 0, "left_partial": 0, "left_twice": 0}
     while sum(kills.values()) < num_kills:
         path = folder / f"run{found['runs']}" / "model.pt"
         standing, code, attempts = 0, -1, 0
@@ -189,7 +189,8 @@ def main(folder: Path, num_kills: int, seed: int) -> dict[str, Any]:
             standing = iteration
             if code:
                 found["left_partial"] += any(path.parent.glob("*.partial"))
-                found["left_previous"] += newest is not None and newest != path
+                names = [file for file in (path, previous_of(path)) if file.exists()]
+                found["left_twice"] += len(names) == 2 and os.path.samefile(*names)
         assert same(load_checkpoint(path), whole), f"{path} ended as another run"
         names = sorted(file.name for file in path.parent.iterdir())
         assert names == ["model.pt", "model.pt.previous"], names

@@ -1,9 +1,10 @@
 """Checkpoints, and files of plain values.
 
 A checkpoint is one file of tensors and plain values. All are written whole or not at all, and read
-without running any code. That of a training run has the one before it beside it: it is renamed
-just before the new one takes its name, so that at every moment one of the two names is that of a
-whole checkpoint.
+without running any code. That of a training run has the one before it beside it: it gets that name
+just before the new one takes its own, so that at every moment the name is that of a whole
+checkpoint. Where a file cannot have two names it is renamed, and at every moment one of the two
+names is that of a whole checkpoint.
 """
 
 from __future__ import annotations
@@ -43,7 +44,7 @@ __all__ = [
 ]
 
 FORMAT = 1
-_UNFINISHED = re.compile(r"\.(\d+)\.(partial|probe)$")
+_UNFINISHED = re.compile(r"\.(\d+)\.(partial|probe|spare)$")
 
 
 class DamagedCheckpointError(ValueError):
@@ -61,8 +62,8 @@ def previous_of(path: str | Path) -> Path:
 
 
 def newest_checkpoint(path: str | Path) -> Path | None:
-    """The file to resume from: the newest, or the one before if a process was killed just between
-    its two renames; None if there is neither.
+    """The file to resume from: the newest, or the one before if the newest was removed, or a
+    process was killed between two renames; None if there is neither.
     """
     return next((file for file in (Path(path), previous_of(path)) if file.exists()), None)
 
@@ -92,11 +93,28 @@ def write_whole(
             file.flush()
             os.fsync(file.fileno())
         if keep_previous and path.exists():
-            os.replace(path, previous_of(path))
+            _name_previous(path)
         os.replace(partial, path)
         _sync_folder(path.parent)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def _name_previous(path: Path) -> None:
+    """Give a file the name of the one before, beside its own where the file system can do that: a
+    reader then finds it under its own name until the new one has it.
+    """
+    spare = path.with_name(f"{path.name}.{os.getpid()}.spare")
+    spare.unlink(missing_ok=True)
+    try:
+        os.link(path, spare)
+    except OSError:
+        os.replace(path, previous_of(path))
+        return
+    try:
+        os.replace(spare, previous_of(path))
+    finally:  # replacing one name of a file by another of the same does nothing
+        spare.unlink(missing_ok=True)
 
 
 def _sync_folder(folder: Path) -> None:
