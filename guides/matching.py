@@ -12,6 +12,7 @@ prior's site             families, the default first
 ``"z"``, one code        ``none`` (summed out exactly), ``enumerate``, ``score``
 ``"z"``, several codes   ``none`` up to 4,096 combinations, ``score``, ``enumerate``
 ``"z"``, one-hot codes   ``straight_through``
+``"z"``, a chain         ``none`` (summed out by recursion)
 several real sites       ``hierarchical``, ``bottom_up``
 other supports           ``hierarchical``: normals carried to the support
 VampPrior                ``mean_field`` on the encoder that the prior holds
@@ -29,7 +30,7 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import biject_to
 
-from vadd_pyro.distributions import CodeCategorical, DiagonalNormal, OneHotCodes
+from vadd_pyro.distributions import CodeCategorical, CodeChain, DiagonalNormal, OneHotCodes
 from vadd_pyro.guides.categorical import AmortizedCategorical, AmortizedCodes
 from vadd_pyro.guides.flow import AmortizedFlow
 from vadd_pyro.guides.hierarchical import AmortizedHierarchical
@@ -90,6 +91,8 @@ def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
     if len(sites) == 1:
         (site,) = sites
         law = site.fn
+        if isinstance(law, CodeChain):
+            return ("none",)
         if isinstance(law, OneHotCodes):
             return ("straight_through",)
         if isinstance(law, CodeCategorical):

@@ -2,6 +2,7 @@
 
 from vadd_pyro.models.priors import (
     Categorical,
+    Chain,
     ConditionalNormal,
     Hierarchical,
     Laplace,
@@ -20,6 +21,7 @@ __all__ = [
     "MDM",
     "VADD",
     "Categorical",
+    "Chain",
     "ConditionalNormal",
     "Hierarchical",
     "Laplace",

@@ -12,7 +12,8 @@ summed out exactly,
     \text{term}_b = \log \sum_c p(x_0, z, c) - \log \sum_c p(z, c) + \lambda \Big[ \log \sum_c p(z,
     c) - \log r(z) \Big],
 
-enumerated sites of the guide averaged exactly, and particles averaged inside the logarithm
+a chain of codes along the row summed out by its own recursion
+(:class:`~vadd_pyro.distributions.CodeChain`), enumerated sites of the guide averaged exactly, and particles averaged inside the logarithm
 (importance-weighted, Burda et al. 2016) or outside, or by the Rényi bound that holds both (Li and
 Turner 2016),
 
@@ -37,6 +38,7 @@ import torch
 from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 
+from vadd_pyro.chains import along_row, chain_of, check_alone
 from vadd_pyro.divergences import closed_form, latent_dimensions, spare_nats
 from vadd_pyro.estimators import score_function
 from vadd_pyro.recorder import Recorder, Site
@@ -109,6 +111,10 @@ def score(
     averaged = [site for site in guide.sites.values() if site.enum_dim is not None]
     one_scale = bool(summed) or bool(averaged) or several_inside or free_bits > 0
     check_summed(summed + averaged, layout)
+    chain = chain_of(model)
+    if chain is not None:
+        check_alone(chain, guide, model)
+        summed = []
 
     def scaled(site: Site, value: Tensor) -> Tensor:
         inside = one_scale and layout.rows[site.name]
@@ -132,6 +138,11 @@ def score(
 
     for name, site in model.sites.items():
         is_row = layout.rows[name]
+        if chain is not None:
+            if site is not chain:  # the tokens
+                row_sites.append(site)
+                data.append(layout.reduce(scaled(site, along_row(chain, site))))
+            continue
         if name in closed:
             value = closed[name]
             if free_bits:

@@ -48,6 +48,7 @@ from pyro.infer.util import is_validation_enabled
 from torch import Tensor
 
 from vadd_pyro.annealing import LinearAnnealing
+from vadd_pyro.chains import check_chain
 from vadd_pyro.densities import RowTerms, score
 from vadd_pyro.estimators import DoublyReparameterized, check_estimator
 from vadd_pyro.process import MaskedBatch, MaskingProcess
@@ -199,6 +200,7 @@ class MaskedDiffusionELBO(ELBO):
         self.iteration = 0
         self._checked: tuple[Any, Any] | None = None
         self._known_guide: Any = None
+        self._known_local: Any = None
 
     # ------------------------------------------------------------------ pieces
 
@@ -246,6 +248,9 @@ class MaskedDiffusionELBO(ELBO):
             self.record(model, guide, batch, vectorized, args, kwargs, twice)
             for _ in range(num_runs)
         ]
+        if is_validation_enabled() and self._known_local is not model:
+            check_chain(model, *runs[0], batch, args)
+            self._known_local = model
         active = batch.target.any(-1)
         options: dict[str, Any] = dict(
             active=active,
@@ -314,7 +319,7 @@ class MaskedDiffusionELBO(ELBO):
         fits = partial(check_fit, inferred) if is_validation_enabled() else None
         generated = run(
             model,
-            Recorder(replay, lambda msg: True, inferred.next_dim, fits),
+            Recorder(replay, lambda msg: True, inferred.next_dim, fits, by_position=True),
             batch,
             *args,
             inside=particles(),

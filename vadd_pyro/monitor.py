@@ -13,7 +13,8 @@ The last is at most ``log N`` and in expectation at most the mutual information 
 without mutual information is a guide that misses the prior, not a latent that carries something.
 
 Discrete latents that the model sums out need no guide; their posterior :math:`p(c \mid x) \propto
-p(c)\, p(x \mid c)` and all of these are exact.
+p(c)\, p(x \mid c)` and all of these are exact; so is the posterior of a chain of codes along the
+row, whose mutual information alone is estimated as above.
 
 References:
     Burda et al. 2016 (arXiv 1509.00519), section 5.1, for active units; Hoffman and Johnson 2016,
@@ -32,6 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
+from vadd_pyro.chains import chain_factors, chain_of, check_alone
 from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.distributions import CodeCategorical, OneHotCodes
 from vadd_pyro.divergences import closed_form, latent_dimensions
@@ -47,6 +49,7 @@ from vadd_pyro.times import GridTimes
 __all__ = ["LatentStatistics", "Monitor", "latent_statistics"]
 
 _AT_PRIOR = 0.01  # nats of each dimension
+_CHAIN_ROWS = 8  # draws that meet all rows at once
 
 
 class LatentStatistics(NamedTuple):
@@ -127,7 +130,11 @@ def latent_statistics(
         if not latents:
             summed = [site for site in generated.sites.values() if site.enum_dim is not None]
             check_summed(summed, layout)
-            return _of_codes(generated, summed, layout)
+            chain = chain_of(generated)
+            if chain is None:
+                return _of_codes(generated, summed, layout)
+            check_alone(chain, inferred, generated)
+            return _of_chain(chain, generated.sites["x_0"], num_draws)
         own = [site.name for site in latents if not site.auxiliary]
 
         def again(rows: MaskedBatch, replay: dict[str, Tensor] | None = None) -> Recorder:
@@ -163,7 +170,9 @@ def _record(
     """Run the pair, every site of the guide drawn, what the model has besides laid out."""
     first_dim = -1 - elbo.row_plates
     inferred = run(guide, Recorder(first_dim=first_dim), batch, *args)
-    everything = Recorder(inferred.latent_values(), lambda msg: True, first_dim=first_dim)
+    everything = Recorder(
+        inferred.latent_values(), lambda msg: True, first_dim=first_dim, by_position=True
+    )
     generated = run(model, everything, batch, *args)
     check_pair(inferred, generated)
     check_tokens_site(generated, elbo.process.vocab_size)
@@ -265,6 +274,35 @@ def _of_codes(model: Recorder, summed: list[Site], layout: Layout) -> LatentStat
         mutual_information=float(information.clamp_min(0.0)),
         share_at_prior=float((kl < _AT_PRIOR * dimensions).double().mean()),
         num_rows=layout.num_rows,
+    )
+
+
+def _of_chain(chain: Site, tokens: Site, num_draws: int) -> LatentStatistics:
+    """The same of a chain of codes, whose posterior is a chain; its mutual information is
+    estimated from draws of it, as that of a guide is.
+    """
+    prior, factor = chain.fn, chain_factors(chain, tokens)
+    posterior = prior.given(factor)
+    probability = posterior.marginals().double()
+    expected = (probability * factor.where(probability > 0, factor.new_zeros(()))).sum((-2, -1))
+    kl = expected - prior.summed_out(factor.double())
+    num_rows = len(kl)
+    terms = []
+    for codes in posterior.sample((num_draws,)).flatten(0, 1).split(_CHAIN_ROWS):
+        terms.append(posterior.log_prob(codes.unsqueeze(1)).double())
+    each = torch.cat(terms).reshape(num_draws, num_rows, num_rows)
+    own = each.diagonal(dim1=1, dim2=2)
+    information = (own - torch.logsumexp(each, 2) + math.log(num_rows)).mean()
+    used = probability.mean((0, 1))
+    return LatentStatistics(
+        kl=float(kl.mean()),
+        kl_per_dimension=[float(kl.mean())],
+        dimension_names=[chain.name],
+        active_units=int((used > 1 / (10 * len(used))).sum()),
+        num_units=len(used),
+        mutual_information=float(information.clamp_min(0.0)),
+        share_at_prior=float((kl < _AT_PRIOR * latent_dimensions(prior)).double().mean()),
+        num_rows=num_rows,
     )
 
 

@@ -77,6 +77,8 @@ PRIORS = {
     "conditional_categorical": "codes given x_t",
     "product": "product of codes",
     "product_one_hot": "product, one-hot",
+    "chain": "chain of codes",
+    "conditional_chain": "chain of codes given x_t",
 }
 GUIDES = {
     "auto": "the family that fits",

@@ -39,11 +39,18 @@ class Site:
         frames: the plates around the site, innermost first.
         infer: Pyro's inference hints at the site.
         enum_dim: the (negative) batch dimension that holds the support, or None.
+        by_position: whether it is the support of each position alone, that of a law which sums
+            itself out along the row (:class:`~vadd_pyro.distributions.CodeChain`).
     """
 
-    __slots__ = ("enum_dim", "fn", "frames", "infer", "mask", "name", "observed", "scale", "value")
+    __slots__ = (
+        *("by_position", "enum_dim", "fn", "frames", "infer"),
+        *("mask", "name", "observed", "scale", "value"),
+    )
 
-    def __init__(self, msg: dict[str, Any], enum_dim: int | None) -> None:
+    def __init__(
+        self, msg: dict[str, Any], enum_dim: int | None, by_position: bool = False
+    ) -> None:
         self.name = msg["name"]
         self.fn = msg["fn"]
         self.value = msg["value"]
@@ -53,6 +60,7 @@ class Site:
         self.frames = msg["cond_indep_stack"]
         self.infer = msg["infer"]
         self.enum_dim = enum_dim
+        self.by_position = by_position
 
     @property
     def auxiliary(self) -> bool:
@@ -90,6 +98,7 @@ class Recorder(Messenger):
             support instead.
         first_dim: the first batch dimension free for supports, a negative number.
         check: called with a message before a value is replayed at its site.
+        by_position: whether whoever asks can sum out laws along the row.
     """
 
     def __init__(
@@ -98,8 +107,10 @@ class Recorder(Messenger):
         enumerate_sites: Callable[[dict[str, Any]], bool] | None = None,
         first_dim: int = -2,
         check: Callable[[dict[str, Any]], None] | None = None,
+        by_position: bool = False,
     ) -> None:
         super().__init__()
+        self.by_position = by_position
         self.replay = replay
         self.check = check
         self.enumerate_sites = enumerate_sites
@@ -124,16 +135,20 @@ class Recorder(Messenger):
             return
         elif (
             self.enumerate_sites is not None
-            and getattr(msg["fn"], "has_enumerate_support", False)
+            and (self._along(msg["fn"]) or getattr(msg["fn"], "has_enumerate_support", False))
             and self.enumerate_sites(msg)
         ):
             msg["value"] = self._lay_out(msg)
             msg["done"] = True
 
+    def _along(self, fn: Any) -> bool:
+        return self.by_position and getattr(fn, "sums_by_position", False)
+
     def _lay_out(self, msg: Any) -> Tensor:
         fn = msg["fn"]
+        along = self._along(fn)
         try:
-            support = fn.enumerate_support(expand=False)
+            support = fn.position_support() if along else fn.enumerate_support(expand=False)
         except NotImplementedError as error:
             raise ValueError(
                 f"site {msg['name']!r}: the support of {fn} cannot be enumerated ({error}); "
@@ -153,7 +168,8 @@ class Recorder(Messenger):
         elif not msg["infer"] or not msg["infer"].get("_deterministic"):
             if name in self.sites:
                 raise ValueError(f"the program has two sample sites named {name!r}")
-            self.sites[name] = Site(msg, self._enumerated.get(name))
+            dim = self._enumerated.get(name)
+            self.sites[name] = Site(msg, dim, dim is not None and self._along(msg["fn"]))
 
     def latent_values(self) -> dict[str, Any]:
         """Values of the latent sites and subsamples, to be replayed in another program."""

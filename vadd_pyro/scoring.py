@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vadd_pyro.chains import check_chain
 from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.densities import score
 from vadd_pyro.elbo import MaskedDiffusionELBO
@@ -63,6 +64,7 @@ class StepScores:
         inferred, generated = MaskedDiffusionELBO(process).record(model, guide, probe, args=args)
         _check_model(generated)
         _check_blind(model, guide, process, x_0, args)
+        check_chain(model, inferred, generated, probe, args)
         self._model, self._guide, self._args = model, guide, args
         self._process, self._grid = process, grid
         self._exponentiated = exponentiated

@@ -137,6 +137,10 @@ def build_prior(
         "product_one_hot": lambda: models.ProductOfCategoricals(
             *_factors(num_codes), 8, one_hot=True
         ),
+        "chain": lambda: models.Chain(num_codes, process.length, 16),
+        "conditional_chain": lambda: models.Chain(
+            num_codes, process.length, 16, networks.local_state()
+        ),
     }
     if name in makers:
         return makers[name]()
@@ -218,7 +222,10 @@ def build(
         family = None if guide == "auto" else guide
         fitting = guides.families_for(law, features)
         summed = fitting[:1] == ("none",) and family in (None, "none")
-    decoder = networks.decoder(_latent_size(law, process), summed=summed)
+    if isinstance(law, models.Chain):
+        decoder = networks.local_decoder(law.latent_dim)
+    else:
+        decoder = networks.decoder(_latent_size(law, process), summed=summed)
     model = models.VADD(decoder, law, least_time)
     if guide not in GUIDES:
         offered: dict[str, Callable[[], Any]] = {

@@ -5,6 +5,7 @@
 """
 
 from vadd_pyro.models.priors.categorical import Categorical, ProductOfCategoricals
+from vadd_pyro.models.priors.chain import Chain
 from vadd_pyro.models.priors.flow import NormalizingFlow
 from vadd_pyro.models.priors.heavy_tailed import Laplace, StudentT
 from vadd_pyro.models.priors.hierarchical import Hierarchical
@@ -15,6 +16,7 @@ from vadd_pyro.models.priors.vamp import VampPrior
 
 __all__ = [
     "Categorical",
+    "Chain",
     "ConditionalNormal",
     "Hierarchical",
     "Laplace",

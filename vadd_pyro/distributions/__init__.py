@@ -5,6 +5,7 @@ Beside what Pyro asks for, those of latents say how points of the unit cube are 
 exact laws integrate over them.
 """
 
+from vadd_pyro.distributions.chain import CodeChain
 from vadd_pyro.distributions.codes import CodeCategorical, OneHotCodes, StraightThroughCodes
 from vadd_pyro.distributions.deferred import DeferredLogits
 from vadd_pyro.distributions.flow import FlowDistribution
@@ -15,12 +16,14 @@ from vadd_pyro.distributions.tokens import (
     TokenCategorical,
     check_vocabulary,
     draw_categorical,
+    position_log_prob,
     position_logits,
     token_logits,
 )
 
 __all__ = [
     "CodeCategorical",
+    "CodeChain",
     "DeferredLogits",
     "DiagonalNormal",
     "FlowDistribution",
@@ -31,6 +34,7 @@ __all__ = [
     "TokenCategorical",
     "check_vocabulary",
     "draw_categorical",
+    "position_log_prob",
     "position_logits",
     "token_logits",
 ]

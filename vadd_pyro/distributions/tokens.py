@@ -28,6 +28,7 @@ __all__ = [
     "TokenCategorical",
     "check_vocabulary",
     "draw_categorical",
+    "position_log_prob",
     "position_logits",
     "token_logits",
 ]
@@ -168,6 +169,15 @@ class TokenCategorical(TorchDistribution):
             return shared_row_scores(self._logits, self.row, value, self.target)
         return row_scores(self.logits, value, self.target)
 
+    def position_log_prob(self, value: Tensor) -> Tensor:
+        """Log-probability of each token of ``value (..., D)``, zero where it is no target.
+
+        ``(..., D)`` nats.
+        """
+        # A position for a row, so that nothing is added up.
+        target = None if self.target is None else self.target.unsqueeze(-1)
+        return row_scores(self.logits.unsqueeze(-2), value.unsqueeze(-1), target)
+
     def sample(self, sample_shape: Sequence[int] = ()) -> Tensor:
         """Tokens at every position, ``sample_shape + batch_shape + (D,)``."""
         logits = self.logits
@@ -192,6 +202,29 @@ def token_logits(distribution: TorchBase) -> Tensor:
     raise TypeError(
         "site 'x_0' must be one categorical per position, a TokenCategorical(logits, target) or "
         f"Categorical(logits=...).mask(target).to_event(1); got {distribution}"
+    )
+
+
+def position_log_prob(distribution: TorchBase, value: Tensor) -> Tensor:
+    """Log-probability of each token of rows under the distribution at a model's ``"x_0"`` site.
+
+    Args:
+        distribution: as in :func:`token_logits`.
+        value: tokens, ``(..., D)``.
+
+    Returns:
+        ``(..., D)`` nats, zero at positions that the distribution masks.
+
+    Raises:
+        TypeError: for a distribution that scores rows as a whole.
+    """
+    if isinstance(distribution, TokenCategorical):
+        return distribution.position_log_prob(value)
+    if isinstance(distribution, Independent) and distribution.reinterpreted_batch_ndims == 1:
+        return distribution.base_dist.log_prob(value)
+    raise TypeError(
+        "to sum out a latent along a row, site 'x_0' must be a TokenCategorical(logits, target) "
+        f"or Categorical(logits=...).mask(target).to_event(1); got {distribution}"
     )
 
 

@@ -1,16 +1,17 @@
 """Network backbones: plain ``torch.nn`` modules that serve as decoder or encoder.
 
-============= ========================== ======================= ======================
-what for      decoder                    features                encoder
-============= ========================== ======================= ======================
-toy densities ``MLPDecoder``             ``MLPFeatures``         ``MLPEncoder``
-tables        ``ResidualDecoder``        ``ResidualFeatures``    ``ResidualEncoder``
-tables, codes ``LateDecoder``            the same                the same
-images        ``UNetDecoder``            ``UNetFeatures``        ``UNetEncoder``
-small images  ``PixelDecoder``           ``ResidualFeatures``    ``ResidualEncoder``
-text          ``TransformerDecoder``     ``TransformerFeatures`` ``TransformerEncoder``
-text, codes   ``LateTransformerDecoder`` the same                the same
-============= ========================== ======================= ======================
+============= =========================== ======================= ======================
+what for      decoder                     features                encoder
+============= =========================== ======================= ======================
+toy densities ``MLPDecoder``              ``MLPFeatures``         ``MLPEncoder``
+tables        ``ResidualDecoder``         ``ResidualFeatures``    ``ResidualEncoder``
+tables, codes ``LateDecoder``             the same                the same
+images        ``UNetDecoder``             ``UNetFeatures``        ``UNetEncoder``
+small images  ``PixelDecoder``            ``ResidualFeatures``    ``ResidualEncoder``
+text          ``TransformerDecoder``      ``TransformerFeatures`` ``TransformerEncoder``
+text, codes   ``LateTransformerDecoder``  the same                the same
+text, chains  ``LocalTransformerDecoder`` the same                the same
+============= =========================== ======================= ======================
 
 A decoder maps ``(x_t, z, t)`` to logits, features map a :class:`~vadd_pyro.MaskedBatch` to ``(B,
 F)``, an encoder to ``(z_loc, z_scale)``. ``State(features)`` are features of the state alone, for
@@ -19,7 +20,7 @@ that a model and its guide need of one backbone.
 """
 
 from vadd_pyro.nn.base import normal_parameters
-from vadd_pyro.nn.late import LateTransformerDecoder
+from vadd_pyro.nn.late import LateTransformerDecoder, LocalTransformerDecoder
 from vadd_pyro.nn.mlp import (
     MLPDecoder,
     MLPEncoder,
@@ -40,13 +41,19 @@ from vadd_pyro.nn.networks import (
 from vadd_pyro.nn.pixels import PixelDecoder
 from vadd_pyro.nn.residual import LateDecoder, ResidualDecoder, ResidualEncoder, ResidualFeatures
 from vadd_pyro.nn.state import State, StateNormal
-from vadd_pyro.nn.transformer import TransformerDecoder, TransformerEncoder, TransformerFeatures
+from vadd_pyro.nn.transformer import (
+    TransformerDecoder,
+    TransformerEncoder,
+    TransformerFeatures,
+    TransformerState,
+)
 from vadd_pyro.nn.unet import UNetDecoder, UNetEncoder, UNetFeatures
 
 __all__ = [
     "NETWORKS",
     "LateDecoder",
     "LateTransformerDecoder",
+    "LocalTransformerDecoder",
     "MLPDecoder",
     "MLPEncoder",
     "MLPFeatures",
@@ -66,6 +73,7 @@ __all__ = [
     "TransformerEncoder",
     "TransformerFeatures",
     "TransformerNetworks",
+    "TransformerState",
     "UNetDecoder",
     "UNetEncoder",
     "UNetFeatures",

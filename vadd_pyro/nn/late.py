@@ -8,7 +8,8 @@ runs once a row; what is narrow sees the latent and runs once a code, position b
     \mu_j = V h_j + V' g_j + b + \text{const} ,
 
 as :class:`~vadd_pyro.nn.LateDecoder` does for tables. A code says which of the ways to go on that
-the wide part has in view at each position are to go together.
+the wide part has in view at each position are to go together. ``LocalTransformerDecoder`` takes a
+latent ``z_j`` at each position in its place, which counts there alone.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from vadd_pyro.nn.residual import LATE_STD, Trunk
 from vadd_pyro.nn.transformer import TransformerDecoder
 from vadd_pyro.process import MaskingProcess, check_size
 
-__all__ = ["LateTransformerDecoder"]
+__all__ = ["LateTransformerDecoder", "LocalTransformerDecoder"]
 
 
 class LateTransformerDecoder(TransformerDecoder):
@@ -93,10 +94,14 @@ class LateTransformerDecoder(TransformerDecoder):
         h = self._once_a_state(lambda x_t, t: wide(x_t, None, t), x_t, t)
         if self.latent is None:
             return h, None
-        g = self.narrow(h) + self.latent(z).unsqueeze(-2)
+        g = self.narrow(h) + self._at_positions(self.latent(z))
         c = self.latent_condition(z, t)
         assert c is not None
-        return h, self.latent_trunk(g, c.unsqueeze(-2))
+        return h, self.latent_trunk(g, self._at_positions(c))
+
+    def _at_positions(self, v: Tensor) -> Tensor:
+        """What comes of a latent, laid out over positions."""
+        return v.unsqueeze(-2)
 
     def heavy_parts(self) -> list[nn.Module]:
         return [self.trunk] if self.latent is None else [self.trunk, self.latent_trunk]
@@ -116,3 +121,34 @@ class LateTransformerDecoder(TransformerDecoder):
             return logits
         chosen = taken(narrow.reshape(-1, narrow.shape[-1]), index)
         return full_precision(self.latent_head, chosen).add_(logits)
+
+
+class LocalTransformerDecoder(LateTransformerDecoder):
+    r"""Decoder ``mu_j(x_t, z_j, t)`` with a latent at each position, for chains of codes
+    (:class:`vadd_pyro.models.Chain`); see the module's text.
+
+    Args:
+        process, latent_dim, and sizes: as in :class:`LateTransformerDecoder`.
+
+    Shapes:
+        ``x_t (B, D)``, ``z (..., B, D, d)`` or anything that broadcasts with it such as ``(C, 1,
+        D, d)``, ``t (B,)``; returns ``(..., B, D, K)``.
+    """
+
+    def _at_positions(self, v: Tensor) -> Tensor:
+        return v
+
+    def _check_latent(self, z: Tensor, num_rows: int) -> None:
+        shape = (self.length, self.latent_dim)
+        if not self.latent_dim:
+            super()._check_latent(z, num_rows)
+        rows = z.shape[-3] if z.dim() > 2 else 1
+        if z.shape[-2:] != shape or (rows != num_rows and 1 not in (rows, num_rows)):
+            raise ValueError(
+                f"z must have a latent at each position, shape (..., {num_rows}, {shape[0]}, "
+                f"{shape[1]}), or one for all rows, got {tuple(z.shape)}"
+            )
+
+    def shared_states(self, x_t: Tensor, z: Tensor | None) -> None:
+        """None: work on equal rows is shared in the wide part alone."""
+        return None

@@ -11,6 +11,8 @@ method              what for                                reads
 ``encoder``         a normal guide, and a VampPrior's       ``x_0``, masks, targets
 ``state``           a prior that depends on the state       ``x_t``, ``t``
 ``state_encoder``   a normal prior that does                ``x_t``, ``t``
+``local_decoder``   the same, a latent at each position     ``x_t``, ``z``, ``t``
+``local_state``     a prior with a latent at each position  ``x_t``, ``t``
 =================== ======================================= =======================
 
 >>> from vadd_pyro import MaskingProcess
@@ -29,12 +31,12 @@ import torch
 from torch import nn
 
 from vadd_pyro.nn.base import Decoder, Features, NormalEncoder
-from vadd_pyro.nn.late import LateTransformerDecoder
+from vadd_pyro.nn.late import LateTransformerDecoder, LocalTransformerDecoder
 from vadd_pyro.nn.mlp import MLPDecoder, MLPFeatures, StateFeatures
 from vadd_pyro.nn.pixels import PixelDecoder
 from vadd_pyro.nn.residual import LateDecoder, ResidualDecoder, ResidualFeatures
 from vadd_pyro.nn.state import State, StateNormal
-from vadd_pyro.nn.transformer import TransformerDecoder, TransformerFeatures
+from vadd_pyro.nn.transformer import TransformerDecoder, TransformerFeatures, TransformerState
 from vadd_pyro.nn.unet import UNetDecoder, UNetFeatures
 from vadd_pyro.process import MaskingProcess
 
@@ -115,6 +117,22 @@ class Networks:
     def state(self) -> nn.Module:
         """Features ``(B, F)`` of the state ``(x_t, t)``."""
         return State(self._recognition(1))
+
+    def local_decoder(self, latent_dim: int) -> Decoder:
+        """A decoder with a latent at each position, that counts there alone.
+
+        Raises:
+            ValueError: if the family has none.
+        """
+        raise ValueError(_no_local(self))
+
+    def local_state(self) -> nn.Module:
+        """Features ``(B, D, F)`` of the state at each position.
+
+        Raises:
+            ValueError: if the family has none.
+        """
+        raise ValueError(_no_local(self))
 
     def state_encoder(self, latent_dim: int) -> StateNormal:
         """A prior network, ``(z_loc, z_scale)``, standard normal before training."""
@@ -337,10 +355,25 @@ class TransformerNetworks(Networks):
     def _recognition(self, fewer: int) -> TransformerFeatures:
         return TransformerFeatures(self.process, **self._shared(fewer))
 
+    def local_decoder(self, latent_dim: int) -> LocalTransformerDecoder:
+        return LocalTransformerDecoder(self.process, latent_dim, **self.sizes)
+
+    def local_state(self) -> TransformerState:
+        return TransformerState(
+            self.process, time_conditioning=self.time_conditioning, **self._shared(1)
+        )
+
     def state(self) -> State:
         # Unscaled, code probabilities of text settled on one code before codes differed
         # (docs/real_data.md).
         return State(self._recognition(1), self.hidden_dim**-0.5)
+
+
+def _no_local(networks: Networks) -> str:
+    return (
+        f"{type(networks).__name__} have no latents at single positions, as a chain of codes "
+        "needs: use the networks 'transformer'"
+    )
 
 
 def _fewer(number: int, by: int) -> int:

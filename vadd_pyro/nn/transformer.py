@@ -39,7 +39,7 @@ from vadd_pyro.nn.conditioning import (
 )
 from vadd_pyro.process import MaskedBatch, MaskingProcess, check_size
 
-__all__ = ["TransformerDecoder", "TransformerEncoder", "TransformerFeatures"]
+__all__ = ["TransformerDecoder", "TransformerEncoder", "TransformerFeatures", "TransformerState"]
 
 _POSITION_STD = 0.02  # vectors of positions before training, those of tokens being 1
 
@@ -279,6 +279,58 @@ class TransformerFeatures(Features):
         kinds = [batch.masked & ~batch.target, batch.masked & batch.target]
         where = torch.stack(kinds, -1).to(self.status.dtype)
         return self.pool(self.trunk(codes, c, where))
+
+
+class TransformerState(nn.Module):
+    r"""Features ``(B, D, F)`` of the state ``(x_t, t)`` at each position, for priors with a latent
+    there (:class:`vadd_pyro.models.Chain`).
+
+    Args:
+        process: gives vocabulary size and length.
+        scale: what they are multiplied by; see :class:`~vadd_pyro.nn.State`. By default
+            ``hidden_dim ** -0.5``.
+        hidden_dim: width, and the number ``F`` of features.
+        num_layers, num_heads, expansion, condition_dim, time_conditioning, position_embedding,
+            dropout: as in :class:`TransformerDecoder`.
+
+    Shapes:
+        a :class:`MaskedBatch` of ``B`` rows gives ``(B, D, F)``; only ``x_t`` and ``t`` are read.
+    """
+
+    def __init__(
+        self,
+        process: MaskingProcess,
+        scale: float | None = None,
+        *,
+        hidden_dim: int = 256,
+        num_layers: int = 6,
+        num_heads: int = 8,
+        expansion: int = 4,
+        condition_dim: int = 128,
+        time_conditioning: bool = True,
+        position_embedding: bool = True,
+        dropout: float = 0.0,
+    ) -> None:
+        super().__init__()
+        self.feature_dim = hidden_dim
+        self.scale = hidden_dim**-0.5 if scale is None else scale
+        self.condition = Condition(condition_dim, 0, time_conditioning=time_conditioning)
+        self.trunk = _Trunk(
+            process,
+            hidden_dim,
+            self.condition.size,
+            num_layers=num_layers,
+            num_heads=num_heads,
+            expansion=expansion,
+            dropout=dropout,
+            position_embedding=position_embedding,
+            open_gates=self.condition.size == 0,
+        )
+        self.tokens = TokenCode(process.vocab_size, hidden_dim, with_mask=True, learned=True)
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        h = self.trunk(self.tokens(batch.x_t), self.condition(None, batch.t))
+        return self.scale * h
 
 
 class TransformerEncoder(NormalEncoder):
