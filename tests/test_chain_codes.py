@@ -15,7 +15,6 @@ from torch import nn
 from vadd_pyro import (
     MaskedDiffusionELBO,
     MaskingProcess,
-    data,
     exact_bound,
     exact_distribution,
     fit,
@@ -437,6 +436,21 @@ def test_the_state_at_each_position():
 
 
 def test_networks_without_local_latents_say_so():
-    process = data.swiss_roll(8).process()
-    with pytest.raises(ValueError, match="MLPNetworks have no latents at single positions"):
-        zoo.build("chain", "auto", process, num_codes=3)
+    process = MaskingProcess(2, 16)
+    pixels = make_networks("pixel", process, shape=(4, 4), hidden_dim=8)
+    with pytest.raises(ValueError, match="PixelNetworks have no latents at single positions"):
+        zoo.build("chain", "auto", process, num_codes=3, networks=pixels)
+
+
+@pytest.mark.parametrize("backbone", ["mlp", "residual", "transformer"])
+def test_chains_of_all_networks_are_local(backbone):
+    process = MaskingProcess(3, 5)
+    networks = make_networks(backbone, process, hidden_dim=16)
+    made = zoo.build("conditional_chain", "auto", process, num_codes=3, networks=networks)
+    with torch.no_grad():
+        for parameter in made.model.parameters():
+            parameter.add_(0.2 * torch.randn_like(parameter))
+    rows = torch.randint(3, (6, 5))
+    with pyro.validation_enabled(True):  # which compares codes at one position and at all
+        found = log_likelihood_bound(made.model, made.guide, process, rows, 3, seed=0)
+    assert found.value.isfinite().all()

@@ -341,6 +341,7 @@ def test_every_prior_stands_on_residual_networks(prior):
     assert ("LateDecoder" in nets) == (
         prior in ("categorical", "conditional_categorical", "product")
     )
+    assert ("LocalDecoder" in nets) == (prior in ("chain", "conditional_chain"))
     if prior.startswith("conditional"):
         assert "State" in nets
 

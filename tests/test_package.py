@@ -26,7 +26,7 @@ LAYERS = [
     {"process"},
     {"times", "distributions", "recorder", "programs", "checkpoints", "metrics", "nn", "plotting"},
     {"finite", "interruption", "locks"},
-    {"sites", "data", "models", "guides", "weights", "batches", "distributed"},
+    {"sites", "chains", "data", "models", "guides", "weights", "batches", "distributed"},
     {"annealing", "batching", "compiling", "divergences", "estimators", "densities"},
     {"exchange", "quality", "resuming"},
     {"elbo", "orders", "sampling", "stepping", "tempering"},

@@ -1,9 +1,9 @@
 """Latents that are chains along the row, summed out by their own recursion.
 
-A law that says ``sums_by_position``, such as :class:`~vadd_pyro.distributions.CodeChain`, has a code
-at each position. Its combinations are far too many to be laid out; each code at all positions at
-once is not, and where a token depends on the code of its own position alone that is all that the
-law needs to sum them out.
+A law that says ``sums_by_position``, such as :class:`~vadd_pyro.distributions.CodeChain`, has a
+code at each position. Its combinations are far too many to be laid out. Each code at all positions
+at once is not, and where a token depends on the code of its own position alone, that is all that
+the law needs to sum them out.
 """
 
 from __future__ import annotations

@@ -13,9 +13,9 @@ summed out exactly,
     c) - \log r(z) \Big],
 
 a chain of codes along the row summed out by its own recursion
-(:class:`~vadd_pyro.distributions.CodeChain`), enumerated sites of the guide averaged exactly, and particles averaged inside the logarithm
-(importance-weighted, Burda et al. 2016) or outside, or by the Rényi bound that holds both (Li and
-Turner 2016),
+(:class:`~vadd_pyro.distributions.CodeChain`), enumerated sites of the guide averaged exactly, and
+particles averaged inside the logarithm (importance-weighted, Burda et al. 2016) or outside, or by
+the Rényi bound that holds both (Li and Turner 2016),
 
 .. math::
     \mathcal L_\alpha = \frac{1}{1 - \alpha} \log \frac1P \sum_{p=1}^{P} w_p^{1 - \alpha},
@@ -44,7 +44,7 @@ from vadd_pyro.estimators import score_function
 from vadd_pyro.recorder import Recorder, Site
 from vadd_pyro.sites import Layout, check_summed
 
-__all__ = ["RowTerms", "score"]
+__all__ = ["RowTerms", "mean_terms", "score"]
 
 
 class RowTerms(NamedTuple):
@@ -68,6 +68,30 @@ class RowTerms(NamedTuple):
     shared: Tensor | None
     surrogate: Tensor | None = None
     log_weights: Tensor | None = None
+
+    def loss(self, weight: Tensor | None) -> Tensor:
+        """The loss, a scalar: rows with their weights ``(B,)``, what they share, and the
+        score-function part.
+        """
+        loss = -(self.rows if weight is None else self.rows * weight).sum()
+        if self.shared is not None:
+            loss = loss - self.shared
+        return loss if self.surrogate is None else loss - self.surrogate
+
+
+def mean_terms(terms: list[RowTerms]) -> RowTerms:
+    """The mean over several runs of one batch."""
+
+    def mean(values: list[Tensor | None]) -> Tensor | None:
+        present = [value for value in values if value is not None]
+        return torch.stack(present).sum() / len(values) if present else None
+
+    return RowTerms(
+        torch.stack([term.rows for term in terms]).mean(0),
+        torch.stack([term.kl for term in terms]).mean(0),
+        mean([term.shared for term in terms]),
+        mean([term.surrogate for term in terms]),
+    )
 
 
 def score(

@@ -49,7 +49,7 @@ from torch import Tensor
 
 from vadd_pyro.annealing import LinearAnnealing
 from vadd_pyro.chains import check_chain
-from vadd_pyro.densities import RowTerms, score
+from vadd_pyro.densities import RowTerms, mean_terms, score
 from vadd_pyro.estimators import DoublyReparameterized, check_estimator
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 from vadd_pyro.programs import (
@@ -200,7 +200,7 @@ class MaskedDiffusionELBO(ELBO):
         self.iteration = 0
         self._checked: tuple[Any, Any] | None = None
         self._known_guide: Any = None
-        self._known_local: Any = None
+        self._known_model: Any = None
 
     # ------------------------------------------------------------------ pieces
 
@@ -248,9 +248,9 @@ class MaskedDiffusionELBO(ELBO):
             self.record(model, guide, batch, vectorized, args, kwargs, twice)
             for _ in range(num_runs)
         ]
-        if is_validation_enabled() and self._known_local is not model:
+        if is_validation_enabled() and self._known_model is not model:
             check_chain(model, *runs[0], batch, args)
-            self._known_local = model
+            self._known_model = model
         active = batch.target.any(-1)
         options: dict[str, Any] = dict(
             active=active,
@@ -272,13 +272,7 @@ class MaskedDiffusionELBO(ELBO):
             if twice is not None and result.log_weights is not None:
                 twice.weigh(result.log_weights, options["kl_weight"])
             return result
-        terms = [score(*pair, **options) for pair in runs]
-        return RowTerms(
-            torch.stack([term.rows for term in terms]).mean(0),
-            torch.stack([term.kl for term in terms]).mean(0),
-            _mean([term.shared for term in terms]),
-            _mean([term.surrogate for term in terms]),
-        )
+        return mean_terms([score(*pair, **options) for pair in runs])
 
     def record(
         self,
@@ -340,7 +334,7 @@ class MaskedDiffusionELBO(ELBO):
         """Loss of a batch with its parts, all summed over rows: see :class:`LossTerms`."""
         batch = x_0 if isinstance(x_0, MaskedBatch) else self.draw(x_0)
         row = self.score(model, guide, batch, *args, **kwargs)
-        loss = _total(row, batch)
+        loss = row.loss(batch.weight)
         total_kl = (row.kl if batch.weight is None else row.kl * batch.weight).sum()
         reconstruction = loss.detach() - self._kl_weight() * total_kl
         return LossTerms(loss, reconstruction, total_kl)
@@ -369,7 +363,7 @@ class MaskedDiffusionELBO(ELBO):
             check_least_times(self.least_time, model, guide)
             self._checked = (model, guide)
         batch = x_0 if isinstance(x_0, MaskedBatch) else self.draw(x_0)
-        loss = _total(self.score(model, guide, batch, *args, **kwargs), batch)
+        loss = self.score(model, guide, batch, *args, **kwargs).loss(batch.weight)
         if loss.requires_grad:
             self.iteration += 1
         return loss
@@ -390,16 +384,3 @@ class MaskedDiffusionELBO(ELBO):
     def _get_trace(self, model: StepProgram, guide: StepProgram, args: Any, kwargs: Any) -> Any:
         """A pair of ordinary Pyro traces, as ``pyro.infer.ELBO`` asks of its subclasses."""
         return get_importance_trace("flat", self.max_plate_nesting, model, guide, args, kwargs)
-
-
-def _total(row: RowTerms, batch: MaskedBatch) -> Tensor:
-    """The loss: rows with their weights, what they share, and the score-function part."""
-    loss = -(row.rows if batch.weight is None else row.rows * batch.weight).sum()
-    if row.shared is not None:
-        loss = loss - row.shared
-    return loss if row.surrogate is None else loss - row.surrogate
-
-
-def _mean(values: list[Tensor | None]) -> Tensor | None:
-    present = [value for value in values if value is not None]
-    return torch.stack(present).sum() / len(values) if present else None

@@ -1,14 +1,14 @@
-r"""Codes along the row, each depending on the one before: what tokens that are written together owe
-to their neighbours.
+r"""Codes along the row, each depending on the one before: what tokens that are written together
+owe to their neighbours.
 
 .. math::
     p(x_{\text{target}} \mid x_t) = \sum_{c_1, \dots, c_D} \prod_i p(c_i \mid c_{i-1}, x_t, t)
     \prod_{i\ \text{target}} \mu_i(x_i \mid x_t, e_{c_i}, t) ,
 
 a hidden Markov model over the row whose laws depend on what is visible. It needs no guide
-(:class:`vadd_pyro.guides.NoLatent`) and has no gap: the forward recursion sums out all :math:`C^D`
-combinations (:class:`~vadd_pyro.distributions.CodeChain`). One code for a row can say ``log C`` nats
-about it, a chain as much at every position.
+(:class:`vadd_pyro.guides.NoLatent`) and has no gap: the forward recursion sums out all
+:math:`C^D` combinations (:class:`~vadd_pyro.distributions.CodeChain`). One code for a row can say
+``log C`` nats about it, a chain as much at every position.
 """
 
 from __future__ import annotations
@@ -27,8 +27,8 @@ _SIZE = 32  # of the vectors by which codes follow each other
 
 
 class Chain(nn.Module):
-    """A chain of ``D`` codes of ``C`` values; the site ``"z"`` holds them as ``(B, D)``, the decoder
-    sees an embedding at each position, ``(B, D, d)``.
+    """A chain of ``D`` codes of ``C`` values; the site ``"z"`` holds them as ``(B, D)``, the
+    decoder sees an embedding at each position, ``(B, D, d)``.
 
     The decoder must take a latent at each position and look at it there alone, such as
     :class:`vadd_pyro.nn.LocalTransformerDecoder`.

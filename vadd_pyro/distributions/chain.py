@@ -1,8 +1,9 @@
 r"""A Markov chain of codes along a row, and what is left of a row's law when it is summed out.
 
 .. math::
-    p(c_1, \dots, c_D) = \prod_{i} p(c_i \mid c_{i-1}), \qquad p(c_1) \propto e^{u_{1, c_1}}, \qquad
-    p(c_i = b \mid c_{i-1} = a) = \frac{e^{A_{ab} + u_{ib}}}{\sum_{b'} e^{A_{ab'} + u_{ib'}}} .
+    p(c_1, \dots, c_D) = \prod_{i} p(c_i \mid c_{i-1}), \qquad p(c_1) \propto e^{u_{1, c_1}},
+    \qquad p(c_i = b \mid c_{i-1} = a) = \frac{e^{A_{ab} + u_{ib}}}{\sum_{b'} e^{A_{ab'} +
+    u_{ib'}}} .
 
 The row has :math:`C^D` combinations of codes. If each token depends on the code of its own
 position alone, the law of the tokens is that of a hidden Markov model, and the forward recursion
@@ -156,7 +157,7 @@ class CodeChain(TorchDistribution):
         return found.movedim(0, -2).to(self.potential.dtype)
 
     def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the steps, positions first; see :func:`~vadd_pyro.distributions.recursion.normalised`."""
+        """Of the steps, positions first."""
         return normalised(self.transition, self.potential.movedim(-2, 0))
 
     def log_prob(self, value: Tensor) -> Tensor:
@@ -203,7 +204,7 @@ class CodeChain(TorchDistribution):
 
     def _walk(self, pick: Callable[[int, Tensor], Tensor], potential: Tensor) -> Tensor:
         """Codes one after another, each by ``pick(position, logits)``."""
-        codes = []
+        codes: list[Tensor] = []
         logits = potential[..., 0, :]
         for i in range(self.length):
             if i:

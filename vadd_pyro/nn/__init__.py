@@ -6,11 +6,12 @@ what for      decoder                     features                encoder
 toy densities ``MLPDecoder``              ``MLPFeatures``         ``MLPEncoder``
 tables        ``ResidualDecoder``         ``ResidualFeatures``    ``ResidualEncoder``
 tables, codes ``LateDecoder``             the same                the same
+tables, chain ``LocalDecoder``            the same                the same
 images        ``UNetDecoder``             ``UNetFeatures``        ``UNetEncoder``
 small images  ``PixelDecoder``            ``ResidualFeatures``    ``ResidualEncoder``
 text          ``TransformerDecoder``      ``TransformerFeatures`` ``TransformerEncoder``
 text, codes   ``LateTransformerDecoder``  the same                the same
-text, chains  ``LocalTransformerDecoder`` the same                the same
+text, chain   ``LocalTransformerDecoder`` the same                the same
 ============= =========================== ======================= ======================
 
 A decoder maps ``(x_t, z, t)`` to logits, features map a :class:`~vadd_pyro.MaskedBatch` to ``(B,
@@ -20,7 +21,9 @@ that a model and its guide need of one backbone.
 """
 
 from vadd_pyro.nn.base import normal_parameters
-from vadd_pyro.nn.late import LateTransformerDecoder, LocalTransformerDecoder
+from vadd_pyro.nn.family import Networks
+from vadd_pyro.nn.late import LateTransformerDecoder
+from vadd_pyro.nn.local import LocalDecoder, LocalTransformerDecoder
 from vadd_pyro.nn.mlp import (
     MLPDecoder,
     MLPEncoder,
@@ -31,7 +34,6 @@ from vadd_pyro.nn.mlp import (
 from vadd_pyro.nn.networks import (
     NETWORKS,
     MLPNetworks,
-    Networks,
     PixelNetworks,
     ResidualNetworks,
     TransformerNetworks,
@@ -40,7 +42,7 @@ from vadd_pyro.nn.networks import (
 )
 from vadd_pyro.nn.pixels import PixelDecoder
 from vadd_pyro.nn.residual import LateDecoder, ResidualDecoder, ResidualEncoder, ResidualFeatures
-from vadd_pyro.nn.state import State, StateNormal
+from vadd_pyro.nn.state import PositionState, State, StateNormal
 from vadd_pyro.nn.transformer import (
     TransformerDecoder,
     TransformerEncoder,
@@ -53,6 +55,7 @@ __all__ = [
     "NETWORKS",
     "LateDecoder",
     "LateTransformerDecoder",
+    "LocalDecoder",
     "LocalTransformerDecoder",
     "MLPDecoder",
     "MLPEncoder",
@@ -61,6 +64,7 @@ __all__ = [
     "Networks",
     "PixelDecoder",
     "PixelNetworks",
+    "PositionState",
     "ResidualDecoder",
     "ResidualEncoder",
     "ResidualFeatures",

@@ -8,8 +8,7 @@ runs once a row; what is narrow sees the latent and runs once a code, position b
     \mu_j = V h_j + V' g_j + b + \text{const} ,
 
 as :class:`~vadd_pyro.nn.LateDecoder` does for tables. A code says which of the ways to go on that
-the wide part has in view at each position are to go together. ``LocalTransformerDecoder`` takes a
-latent ``z_j`` at each position in its place, which counts there alone.
+the wide part has in view at each position are to go together.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from vadd_pyro.nn.residual import LATE_STD, Trunk
 from vadd_pyro.nn.transformer import TransformerDecoder
 from vadd_pyro.process import MaskingProcess, check_size
 
-__all__ = ["LateTransformerDecoder", "LocalTransformerDecoder"]
+__all__ = ["LateTransformerDecoder"]
 
 
 class LateTransformerDecoder(TransformerDecoder):
@@ -121,34 +120,3 @@ class LateTransformerDecoder(TransformerDecoder):
             return logits
         chosen = taken(narrow.reshape(-1, narrow.shape[-1]), index)
         return full_precision(self.latent_head, chosen).add_(logits)
-
-
-class LocalTransformerDecoder(LateTransformerDecoder):
-    r"""Decoder ``mu_j(x_t, z_j, t)`` with a latent at each position, for chains of codes
-    (:class:`vadd_pyro.models.Chain`); see the module's text.
-
-    Args:
-        process, latent_dim, and sizes: as in :class:`LateTransformerDecoder`.
-
-    Shapes:
-        ``x_t (B, D)``, ``z (..., B, D, d)`` or anything that broadcasts with it such as ``(C, 1,
-        D, d)``, ``t (B,)``; returns ``(..., B, D, K)``.
-    """
-
-    def _at_positions(self, v: Tensor) -> Tensor:
-        return v
-
-    def _check_latent(self, z: Tensor, num_rows: int) -> None:
-        shape = (self.length, self.latent_dim)
-        if not self.latent_dim:
-            super()._check_latent(z, num_rows)
-        rows = z.shape[-3] if z.dim() > 2 else 1
-        if z.shape[-2:] != shape or (rows != num_rows and 1 not in (rows, num_rows)):
-            raise ValueError(
-                f"z must have a latent at each position, shape (..., {num_rows}, {shape[0]}, "
-                f"{shape[1]}), or one for all rows, got {tuple(z.shape)}"
-            )
-
-    def shared_states(self, x_t: Tensor, z: Tensor | None) -> None:
-        """None: work on equal rows is shared in the wide part alone."""
-        return None

@@ -1,20 +1,5 @@
 """All networks that a model and its guide are made of, by backbone.
 
-A family knows how large its networks are, and makes those that are asked for, each with parameters
-of its own:
-
-=================== ======================================= =======================
-method              what for                                reads
-=================== ======================================= =======================
-``decoder``         ``p(x_0 | x_t, z, t)``                  ``x_t``, ``z``, ``t``
-``features``        a guide's recognition features          ``x_0``, masks, targets
-``encoder``         a normal guide, and a VampPrior's       ``x_0``, masks, targets
-``state``           a prior that depends on the state       ``x_t``, ``t``
-``state_encoder``   a normal prior that does                ``x_t``, ``t``
-``local_decoder``   the same, a latent at each position     ``x_t``, ``z``, ``t``
-``local_state``     a prior with a latent at each position  ``x_t``, ``t``
-=================== ======================================= =======================
-
 >>> from vadd_pyro import MaskingProcess
 >>> networks = make_networks("residual", MaskingProcess(2, 16), hidden_dim=64, num_blocks=2)
 >>> networks.decoder(latent_dim=8).latent_dim
@@ -27,15 +12,13 @@ from collections.abc import Sequence
 from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
-import torch
-from torch import nn
-
-from vadd_pyro.nn.base import Decoder, Features, NormalEncoder
-from vadd_pyro.nn.late import LateTransformerDecoder, LocalTransformerDecoder
+from vadd_pyro.nn.family import Networks, blocks_less
+from vadd_pyro.nn.late import LateTransformerDecoder
+from vadd_pyro.nn.local import LocalDecoder, LocalTransformerDecoder
 from vadd_pyro.nn.mlp import MLPDecoder, MLPFeatures, StateFeatures
 from vadd_pyro.nn.pixels import PixelDecoder
 from vadd_pyro.nn.residual import LateDecoder, ResidualDecoder, ResidualFeatures
-from vadd_pyro.nn.state import State, StateNormal
+from vadd_pyro.nn.state import State
 from vadd_pyro.nn.transformer import TransformerDecoder, TransformerFeatures, TransformerState
 from vadd_pyro.nn.unet import UNetDecoder, UNetFeatures
 from vadd_pyro.process import MaskingProcess
@@ -50,93 +33,6 @@ __all__ = [
     "UNetNetworks",
     "make_networks",
 ]
-
-
-@dataclass(frozen=True)
-class Networks:
-    """A family of networks; a subclass adds sizes, ``decoder`` and ``_recognition``.
-
-    What is to be summed out runs through the decoder once a code, and a prior looks at less than a
-    guide: networks for those are smaller, as a family says.
-
-    Args:
-        process: gives vocabulary size and length.
-
-    Raises:
-        ValueError: for a size that no network can have, naming it, as the backbones do.
-    """
-
-    process: MaskingProcess
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.process, MaskingProcess):
-            raise TypeError(f"process must be a MaskingProcess, got {self.process!r}")
-        with torch.device("meta"):  # which takes neither memory nor random numbers
-            self.decoder(1)
-            self.decoder(1, summed=True)
-            self.features()
-            self.state()
-
-    @property
-    def sizes(self) -> dict[str, Any]:
-        """All sizes by name, as :func:`make_networks` takes them."""
-        names = (field.name for field in fields(self) if field.name != "process")
-        return {name: getattr(self, name) for name in names}
-
-    def check_process(self, process: MaskingProcess) -> None:
-        """Check that the networks are for rows of a process.
-
-        Raises:
-            ValueError: naming both processes.
-        """
-        own = self.process
-        if (own.vocab_size, own.length) != (process.vocab_size, process.length):
-            raise ValueError(f"networks were made for {own}, and process is {process}")
-
-    def decoder(self, latent_dim: int, *, summed: bool = False) -> Decoder:
-        """A decoder.
-
-        Args:
-            latent_dim: size of the latent; 0 for a model without one.
-            summed: whether the latent is summed out, so that all codes run through the decoder.
-        """
-        raise NotImplementedError
-
-    def _recognition(self, fewer: int) -> Features:
-        """Recognition features by a network of so many blocks fewer, and at least one."""
-        raise NotImplementedError
-
-    def features(self) -> Features:
-        """Recognition features ``(B, F)``."""
-        return self._recognition(0)
-
-    def encoder(self, latent_dim: int) -> NormalEncoder:
-        """A recognition network, ``(z_loc, z_scale)``, of ``latent_dim`` numbers each."""
-        return NormalEncoder(self.features(), latent_dim)
-
-    def state(self) -> nn.Module:
-        """Features ``(B, F)`` of the state ``(x_t, t)``."""
-        return State(self._recognition(1))
-
-    def local_decoder(self, latent_dim: int) -> Decoder:
-        """A decoder with a latent at each position, that counts there alone.
-
-        Raises:
-            ValueError: if the family has none.
-        """
-        raise ValueError(_no_local(self))
-
-    def local_state(self) -> nn.Module:
-        """Features ``(B, D, F)`` of the state at each position.
-
-        Raises:
-            ValueError: if the family has none.
-        """
-        raise ValueError(_no_local(self))
-
-    def state_encoder(self, latent_dim: int) -> StateNormal:
-        """A prior network, ``(z_loc, z_scale)``, standard normal before training."""
-        return StateNormal(self.state(), latent_dim)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +55,7 @@ class MLPNetworks(Networks):
     def _shared(self, fewer: int) -> dict[str, Any]:
         return dict(
             hidden_dim=self.hidden_dim,
-            num_layers=_fewer(self.num_layers, fewer),
+            num_layers=blocks_less(self.num_layers, fewer),
             embedding_dim=self.embedding_dim,
         )
 
@@ -169,6 +65,16 @@ class MLPNetworks(Networks):
             latent_dim,
             time_conditioning=self.time_conditioning,
             **self._shared(int(summed)),
+        )
+
+    def local_decoder(self, latent_dim: int) -> LocalDecoder:
+        return LocalDecoder(
+            self.process,
+            latent_dim,
+            hidden_dim=self.hidden_dim,
+            num_blocks=blocks_less(self.num_layers, 1),
+            embedding_dim=self.embedding_dim,
+            time_conditioning=self.time_conditioning,
         )
 
     def _recognition(self, fewer: int) -> MLPFeatures:
@@ -205,7 +111,7 @@ class ResidualNetworks(Networks):
     def _shared(self, fewer: int) -> dict[str, Any]:
         return dict(
             hidden_dim=self.hidden_dim,
-            num_blocks=_fewer(self.num_blocks, fewer),
+            num_blocks=blocks_less(self.num_blocks, fewer),
             embedding_dim=self.embedding_dim,
             condition_dim=self.condition_dim,
             dropout=self.dropout,
@@ -220,6 +126,9 @@ class ResidualNetworks(Networks):
             time_conditioning=self.time_conditioning,
             **self._shared(0),
         )
+
+    def local_decoder(self, latent_dim: int) -> LocalDecoder:
+        return LocalDecoder(self.process, latent_dim, **self.sizes)
 
     def _recognition(self, fewer: int) -> ResidualFeatures:
         return ResidualFeatures(self.process, **self._shared(fewer))
@@ -258,7 +167,7 @@ class PixelNetworks(Networks):
         return ResidualFeatures(
             self.process,
             hidden_dim=self.hidden_dim,
-            num_blocks=_fewer(self.num_blocks, fewer),
+            num_blocks=blocks_less(self.num_blocks, fewer),
             embedding_dim=self.embedding_dim,
             condition_dim=self.condition_dim,
             dropout=self.dropout,
@@ -296,7 +205,7 @@ class UNetNetworks(Networks):
     def _shared(self, fewer: int) -> dict[str, Any]:
         own = ("feature_dim", "time_conditioning")
         shared = {name: size for name, size in self.sizes.items() if name not in own}
-        return shared | {"num_blocks": _fewer(self.num_blocks, fewer)}
+        return shared | {"num_blocks": blocks_less(self.num_blocks, fewer)}
 
     def decoder(self, latent_dim: int, *, summed: bool = False) -> UNetDecoder:
         return UNetDecoder(
@@ -340,7 +249,7 @@ class TransformerNetworks(Networks):
     def _shared(self, fewer: int) -> dict[str, Any]:
         own = ("time_conditioning", "latent_hidden_dim", "num_latent_blocks")
         shared = {name: size for name, size in self.sizes.items() if name not in own}
-        return shared | {"num_layers": _fewer(self.num_layers, fewer)}
+        return shared | {"num_layers": blocks_less(self.num_layers, fewer)}
 
     def decoder(self, latent_dim: int, *, summed: bool = False) -> TransformerDecoder:
         if summed:
@@ -367,18 +276,6 @@ class TransformerNetworks(Networks):
         # Unscaled, code probabilities of text settled on one code before codes differed
         # (docs/real_data.md).
         return State(self._recognition(1), self.hidden_dim**-0.5)
-
-
-def _no_local(networks: Networks) -> str:
-    return (
-        f"{type(networks).__name__} have no latents at single positions, as a chain of codes "
-        "needs: use the networks 'transformer'"
-    )
-
-
-def _fewer(number: int, by: int) -> int:
-    """So many fewer, but at least one. None fewer, it is handed on for the backbone to check."""
-    return max(1, number - by) if by else number
 
 
 NETWORKS: dict[str, type[Networks]] = {

@@ -17,7 +17,7 @@ from vadd_pyro.nn.base import Features, normal_parameters
 from vadd_pyro.nn.conditioning import full_precision
 from vadd_pyro.process import MaskedBatch, check_size
 
-__all__ = ["State", "StateNormal"]
+__all__ = ["PositionState", "State", "StateNormal"]
 
 
 class State(nn.Module):
@@ -55,6 +55,30 @@ class State(nn.Module):
     def forward(self, batch: MaskedBatch) -> Tensor:
         h = self.features.state(batch)
         return h if self.scale == 1.0 else self.scale * h
+
+
+class PositionState(nn.Module):
+    """Features ``(B, D, F)`` of the state at each position, a linear map of those of the row, for
+    priors with a latent there (:class:`vadd_pyro.models.Chain`).
+
+    Args:
+        features: of the state, such as :class:`State` or :class:`~vadd_pyro.nn.StateFeatures`.
+        length: ``D``.
+        feature_dim: ``F``.
+    """
+
+    def __init__(self, features: Any, length: int, feature_dim: int = 16) -> None:
+        super().__init__()
+        check_size("length", length)
+        check_size("feature_dim", feature_dim)
+        self.features = features
+        self.length = length
+        self.feature_dim = feature_dim
+        self.positions = nn.Linear(features.feature_dim, length * feature_dim)
+
+    def forward(self, batch: MaskedBatch) -> Tensor:
+        h = full_precision(self.positions, self.features(batch))
+        return h.unflatten(-1, (self.length, self.feature_dim))
 
 
 class StateNormal(nn.Module):
