@@ -3,7 +3,9 @@ r"""Decoders with a latent at each position that counts there alone, ``mu_j(x_t,
 A chain of codes (:class:`vadd_pyro.models.Chain`) is summed out along the row, which needs that
 the law of a token depends on the code of its own position and on no other. Both decoders here are
 those whose latent enters late, with ``z_j`` in place of one ``z`` for the row: what is wide sees
-``x_t`` and ``t`` alone and runs once a row, what is narrow sees a code and runs once a code.
+``x_t`` and ``t`` alone and runs once a row, what is narrow sees a code and runs once a code. Codes
+differ more before training than there: started nearly alike, most had died out on text after 200
+updates (docs/real_data.md).
 """
 
 from __future__ import annotations
@@ -15,10 +17,12 @@ from torch import Tensor, nn
 
 from vadd_pyro.nn.base import Decoder
 from vadd_pyro.nn.late import LateTransformerDecoder
-from vadd_pyro.nn.residual import LATE_STD, LateDecoder
+from vadd_pyro.nn.residual import LateDecoder
 from vadd_pyro.process import MaskingProcess, check_size
 
 __all__ = ["LocalDecoder", "LocalTransformerDecoder"]
+
+_STD = 0.3  # of the weights by which codes differ before training
 
 
 class _LocalLatents(Decoder):
@@ -74,7 +78,7 @@ class LocalDecoder(_LocalLatents, LateDecoder):
         self.narrow = nn.Linear(hidden_dim, process.length * latent_hidden_dim)
         del self.latent_head  # which would look at all positions
         shape = (process.length, latent_hidden_dim, process.vocab_size)
-        self.local_head = nn.Parameter(LATE_STD * torch.randn(shape))
+        self.local_head = nn.Parameter(_STD * torch.randn(shape))
 
     def _body(self, x_t: Tensor, z: Tensor | None, t: Tensor) -> tuple[Tensor, Tensor | None]:
         h = self._once_a_state(self._wide, x_t, t)
@@ -107,6 +111,11 @@ class LocalTransformerDecoder(_LocalLatents, LateTransformerDecoder):
         ``x_t (B, D)``, ``z (..., B, D, d)`` or anything that broadcasts with it such as ``(C, 1,
         D, d)``, ``t (B,)``; returns ``(..., B, D, K)``.
     """
+
+    def __init__(self, process: MaskingProcess, latent_dim: int, **sizes: Any) -> None:
+        check_size("latent_dim", latent_dim)
+        super().__init__(process, latent_dim, **sizes)
+        nn.init.normal_(self.latent_head.weight, std=_STD)
 
     def _at_positions(self, v: Tensor) -> Tensor:
         return v
