@@ -68,6 +68,12 @@ def check_pair(guide: Recorder, model: Recorder) -> None:
             )
     for name, site in model.sites.items():
         if not site.observed and name not in guide.sites and site.enum_dim is None:
+            if getattr(site.fn, "sums_by_position", False):
+                raise ValueError(
+                    f"{name!r} is a chain along the row, which losses, bounds and "
+                    "latent_statistics sum out; here its combinations would have to be laid out, "
+                    "and they are too many"
+                )
             raise ValueError(
                 f"the guide misses the latent site {name!r} of the model, "
                 f"{type(site.fn).__name__}(...) (the guide has {_names(guide)}): only small "

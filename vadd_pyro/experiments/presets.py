@@ -47,12 +47,11 @@ _IMAGES: dict[str, Any] = {
 }
 _TEXT: dict[str, Any] = {
     "backbone": "transformer",
-    # On what text there is time to learn here N(0, I) collapsed. Codes whose probabilities depend
-    # on the state are worth more from two steps on, and take half as long again
-    # (docs/real_data.md).
-    "prior": "product",
-    "num_codes": 16,
-    "latent_dim": 32,  # of other priors: codes of a product have eight numbers
+    # What letters that are written together owe each other is between neighbours: one code or
+    # vector for the row can say little of it, a code at each position does (docs/real_data.md).
+    "prior": "conditional_chain",
+    "num_codes": 32,
+    "latent_dim": 32,  # of continuous priors
     "sizes": {"hidden_dim": 128, "num_layers": 2, "num_heads": 4, "latent_hidden_dim": 32},
     "times": "uniform",
     "num_iterations": 3000,
