@@ -24,7 +24,15 @@ from vadd_pyro import (
     models,
     sample,
 )
-from vadd_pyro.nn import MLPDecoder, MLPEncoder, MLPFeatures, StateEncoder, StateFeatures
+from vadd_pyro.nn import (
+    LocalDecoder,
+    MLPDecoder,
+    MLPEncoder,
+    MLPFeatures,
+    PositionState,
+    StateEncoder,
+    StateFeatures,
+)
 
 PROCESS = MaskingProcess(3, 2)
 SIZES: dict[str, Any] = dict(hidden_dim=16, num_layers=2, embedding_dim=4)
@@ -82,6 +90,8 @@ PRIORS = {
     "product_too_large_to_sum": lambda: models.ProductOfCategoricals(9, 4, 3),
     "one_hot": lambda: models.ProductOfCategoricals(3, 2, 3, one_hot=True),
     "one_hot_given_state": lambda: models.ProductOfCategoricals(3, 2, 3, state(), one_hot=True),
+    "chain": lambda: models.Chain(3, 2, 3),
+    "chain_given_state": lambda: models.Chain(3, 2, 3, PositionState(state(), 2)),
     "user_program": lambda: heavy_tail_given_scale,
 }
 FAMILIES = {name: guides.families_for(make(), features()) for name, make in PRIORS.items()}
@@ -90,10 +100,14 @@ TABLE = [(prior, family) for prior, families in FAMILIES.items() for family in f
 
 def pair(prior: str, family: str) -> tuple[Any, Any]:
     law = PRIORS[prior]()
-    decoder = MLPDecoder(PROCESS, law.latent_dim, **SIZES)
-    with torch.no_grad():
-        decoder.latent.weight.mul_(2.0)
-        decoder.head.weight.mul_(2.0)
+    decoder: Any
+    if isinstance(law, models.Chain):
+        decoder = LocalDecoder(PROCESS, 3, hidden_dim=16, num_blocks=1, latent_hidden_dim=8)
+    else:
+        decoder = MLPDecoder(PROCESS, law.latent_dim, **SIZES)
+        with torch.no_grad():
+            decoder.latent.weight.mul_(2.0)
+            decoder.head.weight.mul_(2.0)
     model = models.VADD(decoder, law)
     options = {}
     if family == "semi_amortized":
