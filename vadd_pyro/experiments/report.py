@@ -67,12 +67,14 @@ def latents(folder: str | Path) -> str | None:
         return None
     history = seen[-1]
     carried = history["mutual_information"][-1]
+    kl = sum(history["kl_per_dimension"][-1])
     if carried is None:
-        carried = sum(history["kl_per_dimension"][-1])
+        carried = kl
     units = history["active_units"][-1]
     told = f"{carried:.2f} nats of a row where all is masked, {units} in use"
     if carried >= USED:
-        return f"its latents tell {told}"
+        # Estimated from few rows, it is at most the logarithm of their number.
+        return f"its latents tell at least {told} (their KL is {kl:.2f} nats)"
     return (
         f"its latents have collapsed: they tell {told}, and a model without them would do as "
         "well. Try --prior product, --set free_bits=0.1, or a longer --set annealing"
