@@ -454,3 +454,152 @@ def test_chains_of_all_networks_are_local(backbone):
     with pyro.validation_enabled(True):  # which compares codes at one position and at all
         found = log_likelihood_bound(made.model, made.guide, process, rows, 3, seed=0)
     assert found.value.isfinite().all()
+
+
+# --------------------------------------------------------------------- what a review has broken
+
+
+def wide_decoder(process, codes=3):
+    """A model whose tokens see the mean code of the row, through a last layer that starts at 0."""
+    model, guide = pair(process, codes)
+    width = model.prior.latent_dim
+
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.head = nn.Linear(width, process.length * process.vocab_size)
+            nn.init.zeros_(self.head.weight)
+
+        def forward(self, x_t, z, t):
+            logits = self.head(z.mean(-2)).unflatten(-1, (process.length, process.vocab_size))
+            return logits + torch.zeros(len(x_t), 1, 1)
+
+    return models.VADD(Wide(), model.prior), guide
+
+
+def test_a_coupling_that_training_makes_is_found_when_latents_are_looked_at():
+    process = MaskingProcess(3, 4)
+    model, guide = wide_decoder(process)
+    rows = torch.randint(3, (64, 1)).expand(-1, 4).contiguous()
+    elbo = MaskedDiffusionELBO(process)
+    with pytest.raises(ValueError, match="the law of a token depends on codes of other positions"):
+        fit(model, guide, elbo, rows, 60, batch_size=32, monitor_every=20, progress=False)
+
+
+def test_rows_without_a_mask_tell_nothing():
+    process = MaskingProcess(3, 4)
+    model, guide = wide_decoder(process)
+    nn.init.normal_(model.decoder.head.weight, std=3.0)
+    elbo = MaskedDiffusionELBO(process)
+    rows = torch.randint(3, (6, 4))
+    elbo.score(model, guide, process.corrupt(rows, 1e-9))
+    with pytest.raises(ValueError, match="the law of a token depends on codes of other positions"):
+        elbo.score(model, guide, process.corrupt(rows, 1.0))
+
+
+def test_arguments_of_the_program_reach_the_check():
+    process = MaskingProcess(3, 4)
+    own, guide = pair(process)
+    seen = []
+
+    def model(batch, weight, *, power):
+        assert weight.shape == (len(batch),)
+        seen.append(power)
+        return own(batch)
+
+    batch = process.corrupt(torch.randint(3, (7, 4)), 1.0)
+    elbo = MaskedDiffusionELBO(process)
+    given = elbo.score(model, lambda *a, **k: None, batch, torch.ones(7), power=2).rows
+    assert torch.allclose(given, elbo.score(own, guide, batch).rows)
+    assert set(seen) == {2}
+    assert len(seen) == 4
+
+
+def test_dropout_in_a_function_is_no_coupling():
+    process = MaskingProcess(3, 4)
+    networks = make_networks("transformer", process, **SIZES, **LATE, dropout=0.3)
+    made = zoo.build("chain", "auto", process, num_codes=3, networks=networks)
+    made.model.train()
+    batch = process.corrupt(torch.randint(3, (7, 4)), 1.0)
+    rows = MaskedDiffusionELBO(process).score(lambda b: made.model(b), made.guide, batch).rows
+    assert rows.isfinite().all()
+
+
+def test_a_chain_needs_its_latent_at_every_time_and_features_at_every_position():
+    process = MaskingProcess(3, 4)
+    own, guide = pair(process)
+    batch = process.corrupt(torch.randint(3, (4, 4)), 0.9, at_least_one=True)
+    late = models.VADD(own.decoder, own.prior, least_time=0.95)
+    with pytest.raises(ValueError, match=r"least_time = 0\.95 needs one latent for the row"):
+        MaskedDiffusionELBO(process).score(late, guide, batch)
+    networks = make_networks("mlp", process, hidden_dim=16)
+    prior = models.Chain(3, 4, context=networks.state())
+    with pytest.raises(ValueError, match=r"context must give features of each .*\(4, 4, 'F'\)"):
+        prior(batch)
+
+
+def test_the_posterior_takes_what_the_sum_takes():
+    law = CodeChain(torch.randn(3, 3).double(), torch.randn(4, 3).double())
+    factor = torch.randn(5, 4, 3).double()
+    for one, other in ((law, factor), (chain(), factor[0])):
+        given = one.given(other)
+        weights, codes = joint(one.expand(given.batch_shape), other.expand(given.potential.shape))
+        expected = weights - weights.logsumexp(0)
+        assert torch.allclose(given.log_prob(codes), expected, atol=1e-10)
+    factor[0, 2] = -math.inf
+    assert law.given(factor).batch_shape == (5,)
+    assert law.summed_out(factor)[0] == -math.inf
+
+
+def test_a_scale_of_the_codes_alone_is_refused():
+    process = MaskingProcess(3, 4)
+    own, guide = pair(process)
+
+    def model(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            with poutine.scale(scale=3.0):
+                z = own.prior(batch)
+            law = TokenCategorical(own.decoder(batch.x_t, z, batch.t), batch.target)
+            return pyro.sample("x_0", law, obs=batch.x_0)
+
+    batch = process.corrupt(torch.randint(3, (6, 4)), 1.0)
+    with pytest.raises(ValueError, match="has scale"):
+        MaskedDiffusionELBO(process).score(model, guide, batch)
+
+
+def test_exact_laws_of_many_combinations_are_exact(by_combination):
+    process = MaskingProcess(2, 6)
+    model, _ = pair(process, codes=4)  # 4,096 combinations, the most that are laid out
+    by_steps = exact_distribution(model, process, 3)
+    other, _ = pair(process, codes=9)
+    found = exact_distribution(other, process, 2)
+    assert float(found.sum()) == pytest.approx(1)
+    with pytest.raises(ValueError, match="with too many combinations to be laid out"):
+        exact_distribution(other, process, 2, latent="shared")
+    by_combination()
+    assert torch.allclose(by_steps, exact_distribution(model, process, 3), atol=1e-8)
+
+
+def test_sums_are_single_precision_under_autocast():
+    process = MaskingProcess(5, 4)
+    model, guide = pair(process)
+    batch = process.corrupt(torch.randint(5, (6, 4)), 1.0)
+    elbo = MaskedDiffusionELBO(process)
+    with torch.autocast("cpu", torch.bfloat16):
+        rows = elbo.score(model, guide, batch).rows
+    assert rows.dtype == torch.float32
+    assert torch.allclose(rows, elbo.score(model, guide, batch).rows, rtol=0.05, atol=0.3)
+    law = chain(dtype=torch.float32)
+    assert law.summed_out(torch.zeros(3, 4, 3, dtype=torch.bfloat16)).dtype == torch.float32
+
+
+def test_gradients_are_those_of_differences():
+    law = chain(batch=2, length=3)
+    factor = factors_of(law)
+
+    def of(transition, potential, factor):
+        return CodeChain(transition, potential).summed_out(factor)
+
+    inputs = [t.clone().requires_grad_() for t in (law.transition, law.potential, factor)]
+    assert torch.autograd.gradcheck(of, inputs)
+    assert torch.autograd.gradgradcheck(of, inputs)

@@ -9,6 +9,7 @@ the law needs to sum them out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,11 +17,27 @@ from torch import Tensor
 
 from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.distributions import position_log_prob
+from vadd_pyro.distributions.recursion import normalised
 from vadd_pyro.process import MaskedBatch
 from vadd_pyro.programs import evaluation
 from vadd_pyro.recorder import Recorder, Site, run
+from vadd_pyro.sites import plate_dims
 
-__all__ = ["along_row", "chain_factors", "chain_of", "check_alone", "check_chain"]
+__all__ = [
+    "NotLocalError",
+    "along_row",
+    "chain_factors",
+    "chain_of",
+    "check_alone",
+    "check_chain",
+    "joint_along_row",
+]
+
+_ELEMENTS = 2**21  # of the widest tensor
+
+
+class NotLocalError(ValueError):
+    """A chain along the row that could not be summed out as such."""
 
 
 def chain_of(model: Recorder) -> Site | None:
@@ -62,51 +79,109 @@ def along_row(chain: Site, tokens: Site) -> Tensor:
     return tokens.masked(chain.fn.summed_out(chain_factors(chain, tokens)))
 
 
+def joint_along_row(chain: Site, logits: Tensor, masked: list[int]) -> Tensor:
+    """The joint law of masked tokens in each of ``n`` states, the chain summed out.
+
+    Args:
+        chain: its site, laid out position by position.
+        logits: ``(C, 1, n, D, K)``, or anything that broadcasts with it.
+        masked: positions of the joint, increasing.
+
+    Returns:
+        ``(n, K ** m)`` in double precision, outcomes in lexicographic order.
+    """
+    size = len(chain.value)
+    mu = torch.softmax(logits[..., masked, :].double(), -1)
+    mu = mu.expand(size, *mu.shape[-4:]).reshape(size, *mu.shape[-3:]).permute(1, 2, 3, 0)
+    potential = chain.fn.potential
+    potential = potential.expand(*potential.shape[:-3], len(mu), *potential.shape[-2:])
+    pairs, here, total = normalised(
+        chain.fn.transition, potential.reshape(-1, *potential.shape[-2:])
+    )
+    at_once = max(1, _ELEMENTS // (size * mu.shape[2] ** len(masked)))
+    pieces = []
+    for rows in torch.arange(len(mu), device=mu.device).split(at_once):
+        now, before = here[rows].unsqueeze(2), total[rows].unsqueeze(2)  # (n, D, 1, C)
+        state = now[:, 0] / now[:, 0].sum(-1, keepdim=True)
+        for i in range(now.shape[1]):
+            if i:
+                state = ((state / before[:, i]) @ pairs) * now[:, i]
+            if i in masked:
+                token = mu[rows, masked.index(i)].unsqueeze(1)  # (n, 1, K, C)
+                state = (state.unsqueeze(2) * token).flatten(1, 2)
+        pieces.append(state.sum(-1))
+    return torch.cat(pieces)
+
+
 def check_chain(
     model: Callable[..., Any],
     inferred: Recorder,
     generated: Recorder,
     batch: MaskedBatch,
-    args: tuple[Any, ...],
-) -> None:
+    args: tuple[Any, ...] = (),
+    kwargs: dict[str, Any] | None = None,
+) -> bool:
     """Check that a chain, if there is one, is the only latent, and that tokens depend on the codes
     of their own positions alone.
 
-    Codes are drawn, and each token's log-probability compared with that under its code at all
-    positions. Takes no random numbers of the caller's.
+    Codes are drawn, all alike, and each token's log-probability is compared with that under its
+    code at all positions. Takes no random numbers of the caller's. A network whose last layers
+    start from zero has nothing to compare before training: check again later.
 
     Args:
         model: the step program.
         inferred, generated: what guide and model did on a batch.
         batch: rows to draw codes for.
-        args: further arguments of the program.
+        args, kwargs: further arguments of the program.
+
+    Returns:
+        Whether anything was compared: not without a masked position, nor where the same codes do
+        not give the same law twice.
 
     Raises:
-        ValueError: naming the site, for a model whose chain could not be summed out so.
+        NotLocalError: naming the site, for a model whose chain could not be summed out so.
+        ValueError: for other latents.
     """
     chain = chain_of(generated)
     if chain is None:
-        return
+        return True
     check_alone(chain, inferred, generated)
-    batch = batch[:4]
+    if getattr(model, "least_time", 0.0) > 0:
+        raise NotLocalError(
+            f"least_time = {model.least_time} needs one latent for the row, and "  # type: ignore[attr-defined]
+            f"{chain.name!r} is a chain along the row: leave least_time at 0"
+        )
+    if any(dim != -1 for dim in plate_dims(chain)) or not bool(batch.masked.any()):
+        return False
+    batch = replace(batch, target=batch.masked)
+    kwargs = {} if kwargs is None else kwargs
     random = random_state()
     try:
         with evaluation(model):
-            laid_out = run(model, Recorder(None, lambda msg: True, by_position=True), batch, *args)
-            restore_random_state(random)
-            drawn = run(model, Recorder(), batch, *args)
+            everything = Recorder(None, lambda msg: True, by_position=True)
+            laid_out = run(model, everything, batch, *args, **kwargs)
+            chain = chain_of(laid_out)
+            assert chain is not None
+            law = chain.fn
+            shape = (*torch.broadcast_shapes(law.batch_shape, (len(batch),)), *law.event_shape)
+            codes = torch.randint(law.num_codes, shape, device=chain.value.device)
+
+            def of_codes() -> Tensor:
+                again = run(model, Recorder({chain.name: codes}), batch, *args, **kwargs)
+                tokens = again.sites["x_0"]
+                return position_log_prob(tokens.fn, tokens.value)
+
+            own, twice = of_codes(), of_codes()
     finally:
         restore_random_state(random)
-    codes = drawn.sites[chain.name].value.unsqueeze(-1)
-    chain = chain_of(laid_out)
-    assert chain is not None
+    if not torch.allclose(own, twice, equal_nan=True):
+        return False
     factor = chain_factors(chain, laid_out.sites["x_0"])
-    factor = factor.expand(*codes.shape[:-1], -1).gather(-1, codes).squeeze(-1)
-    tokens = drawn.sites["x_0"]
-    own = position_log_prob(tokens.fn, tokens.value).expand_as(factor)
-    if not torch.allclose(factor, own, rtol=1e-2, atol=1e-2, equal_nan=True):
-        raise ValueError(
+    factor = factor.expand(*shape, -1).gather(-1, codes.unsqueeze(-1)).squeeze(-1)
+    if not torch.allclose(factor, own.expand_as(factor), rtol=1e-2, atol=1e-2, equal_nan=True):
+        raise NotLocalError(
             f"{chain.name!r} is a chain along the row, but the law of a token depends on codes of "
             "other positions: it cannot be summed out; use a decoder that looks at each code at "
             "its own position, such as vadd_pyro.nn.LocalTransformerDecoder"
         )
+    return True

@@ -163,8 +163,8 @@ def score(
     for name, site in model.sites.items():
         is_row = layout.rows[name]
         if chain is not None:
+            row_sites.append(site)
             if site is not chain:  # the tokens
-                row_sites.append(site)
                 data.append(layout.reduce(scaled(site, along_row(chain, site))))
             continue
         if name in closed:

@@ -248,8 +248,8 @@ class MaskedDiffusionELBO(ELBO):
             self.record(model, guide, batch, vectorized, args, kwargs, twice)
             for _ in range(num_runs)
         ]
-        if is_validation_enabled() and self._known_model is not model:
-            check_chain(model, *runs[0], batch, args)
+        unknown = is_validation_enabled() and self._known_model is not model
+        if unknown and check_chain(model, *runs[0], batch, args, kwargs):
             self._known_model = model
         active = batch.target.any(-1)
         options: dict[str, Any] = dict(

@@ -3,8 +3,9 @@ r"""Joint laws of masked tokens given a state, the latent integrated out.
 .. math::
     J(x_M \mid x_t) = \int p(z \mid x_t, t) \prod_{j \in M} \mu_j(x_j \mid x_t, z, t)\, dz
 
-Discrete latents are summed; continuous ones are integrated over scrambled Sobol points carried to
-their prior by its quantiles or its own ``transport`` (Owen 1998), others over random draws.
+Discrete latents are summed, a chain of codes along the row by its recursion; continuous ones are
+integrated over scrambled Sobol points carried to their prior by its quantiles or its own
+``transport`` (Owen 1998), others over random draws.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from pyro.distributions import Gamma, Independent, MixtureSameFamily, StudentT
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
+from vadd_pyro.chains import joint_along_row
 from vadd_pyro.distributions import token_logits
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 from vadd_pyro.recorder import Recorder, Site
@@ -38,10 +40,18 @@ class Integrator(Recorder):
     Args:
         points: points of the unit cube, ``(Z, columns)``.
         values: latents to use instead, by name.
+        by_position: lay out the codes of a chain along the row position by position.
     """
 
-    def __init__(self, points: Tensor, values: Mapping[str, Tensor] | None = None) -> None:
-        super().__init__(values, enumerate_sites=lambda msg: True, first_dim=-3)
+    def __init__(
+        self,
+        points: Tensor,
+        values: Mapping[str, Tensor] | None = None,
+        by_position: bool = False,
+    ) -> None:
+        super().__init__(
+            values, enumerate_sites=lambda msg: True, first_dim=-3, by_position=by_position
+        )
         self.points = points
         self.column = 0
         self.logits: Tensor | None = None
@@ -217,7 +227,7 @@ class Joints:
         if self.continuous is None:
             nothing = self.base.new_zeros((1, 0), dtype=torch.double)
             everything = self.states([], list(range(self.process.length)))
-            _, latents = self._run(everything, nothing, 1.0)
+            _, latents = self._run(everything, nothing, 1.0, by_position=True)
             self.continuous = any(site.enum_dim is None for site in latents)
         if not self.continuous:
             return self.base.new_zeros((1, 0), dtype=torch.double)
@@ -279,12 +289,17 @@ class Joints:
         some = None if values is None else {n: value[:_PROBES] for n, value in values.items()}
         for rows in x.split(self._chunks(_PROBES)[1]):
             with seeded(self.seed):
-                logits, latents = self._run(rows, few, t, some)
+                logits, latents = self._run(rows, few, t, some, by_position=some is None)
             said += [logits, *(site.log_prob() for site in latents)]
         return said
 
     def _run(
-        self, x: Tensor, points: Tensor, t: float, values: Mapping[str, Tensor] | None = None
+        self,
+        x: Tensor,
+        points: Tensor,
+        t: float,
+        values: Mapping[str, Tensor] | None = None,
+        by_position: bool = False,
     ) -> tuple[Tensor, list[Site]]:
         """Logits ``(..., D, K)`` of the states ``x (n, D)`` at latents placed at the points, or at
         the values given, and the latent sites.
@@ -295,12 +310,19 @@ class Joints:
         number = len(points)
         if values is not None:
             number = next((len(value) for value in values.values()), 1)
-        with Integrator(points, values) as run, pyro.plate(PARTICLES, number, dim=-2):
+        with Integrator(points, values, by_position) as run, pyro.plate(PARTICLES, number, dim=-2):
             self.model(batch, *self.args)
         if run.logits is None:
             raise ValueError(f"the model has no site 'x_0'; it has {sorted(run.sites)}")
         latents = [s for name, s in run.sites.items() if name != "x_0" and not s.observed]
         drawn = [site.name for site in latents if site.enum_dim is None]
+        if values is None and any(
+            getattr(run.sites[name].fn, "sums_by_position", False) for name in drawn
+        ):
+            raise ValueError(
+                f"{drawn[0]!r} is a chain along the row with too many combinations to be laid "
+                "out, as one draw for all steps needs: take latent='fresh'"
+            )
         if values is None and self.continuous is False and drawn:
             raise ValueError(
                 f"the latent {drawn[0]!r} is drawn at t = {t:g} in states with visible tokens, "
@@ -319,7 +341,12 @@ class Joints:
 
     def _partial(self, x: Tensor, points: Tensor, masked: list[int], t: float) -> Tensor:
         """Sum over the given points of the weighted products, ``(n, K ** m)``."""
-        logits, latents = self._run(x, points, t)
+        logits, latents = self._run(x, points, t, by_position=True)
+        chain = next((site for site in latents if site.by_position), None)
+        if chain is not None and len(latents) == 1:
+            return joint_along_row(chain, logits, masked)
+        if chain is not None:
+            logits, latents = self._run(x, points, t)
         mu = torch.softmax(logits[..., masked, :].double(), -1)
         log_weight = mu.new_zeros((1, 1))
         for site in latents:

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import one_hot
 
-from vadd_pyro.chains import chain_factors, chain_of, check_alone
+from vadd_pyro.chains import NotLocalError, chain_factors, chain_of, check_chain
 from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.distributions import CodeCategorical, OneHotCodes
 from vadd_pyro.divergences import closed_form, latent_dimensions
@@ -133,7 +133,7 @@ def latent_statistics(
             chain = chain_of(generated)
             if chain is None:
                 return _of_codes(generated, summed, layout)
-            check_alone(chain, inferred, generated)
+            check_chain(model, inferred, generated, batch, args)
             return _of_chain(chain, generated.sites["x_0"], num_draws)
         own = [site.name for site in latents if not site.auxiliary]
 
@@ -361,6 +361,8 @@ class Monitor:
         state = random_state()
         try:
             return latent_statistics(model, guide, self.batch, self.elbo, seed=self.seed)
+        except NotLocalError:  # not told: what was trained on is wrong
+            raise
         except Exception as error:
             warnings.warn(
                 f"latents are not monitored (monitor_every=None says so without a warning): "

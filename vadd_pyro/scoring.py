@@ -197,7 +197,9 @@ def _check_blind(
 
     def sites(batch: MaskedBatch) -> dict[str, Site]:
         restore_random_state(random)
-        replay = Recorder(inferred.latent_values(), lambda msg: True, inferred.next_dim)
+        replay = Recorder(
+            inferred.latent_values(), lambda msg: True, inferred.next_dim, by_position=True
+        )
         return run(model, replay, batch, *args).sites
 
     first, again = sites(probe), sites(probe)

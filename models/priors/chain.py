@@ -60,7 +60,18 @@ class Chain(nn.Module):
         self.embedding = nn.Embedding(num_codes, latent_dim)
 
     def forward(self, batch: MaskedBatch) -> Tensor:
-        potential = self.positions + self.shift(features_of(self.context, batch))
-        transition = self.before @ self.after.mT * _SIZE**-0.5
+        features = features_of(self.context, batch)
+        shape = (len(batch), self.length)
+        if features is not None and features.shape[:-1] != shape:
+            raise ValueError(
+                f"context must give features of each position, shape {(*shape, 'F')}, such as "
+                f"vadd_pyro.nn.PositionState, got {tuple(features.shape)}"
+            )
+        # In the precision of the weights: these are logits.
+        with torch.autocast(self.positions.device.type, enabled=False):
+            if features is not None:
+                features = features.to(self.positions.dtype)
+            potential = self.positions + self.shift(features)
+            transition = self.before @ self.after.mT * _SIZE**-0.5
         codes = pyro.sample("z", CodeChain(transition, potential))
         return self.embedding(codes)

@@ -37,8 +37,8 @@ def check_context(context: Context | None) -> None:
     """
     if context is not None and not (callable(context) and hasattr(context, "feature_dim")):
         raise TypeError(
-            "context must map a batch to features (B, F) and have an attribute feature_dim = F, "
-            f"such as vadd_pyro.nn.StateFeatures; got {context!r}"
+            "context must map a batch to features (B, F), or (B, D, F) for a chain, and have an "
+            f"attribute feature_dim = F, such as vadd_pyro.nn.StateFeatures; got {context!r}"
         )
 
 
@@ -69,7 +69,9 @@ class Conditioned(nn.Module):
 
 
 def features_of(context: Context | None, batch: MaskedBatch) -> Tensor | None:
-    """Features of the state, ``(B, F)``, or None without a context."""
+    """Features of the state, ``(B, F)``, or of its positions, ``(B, D, F)``; None without a
+    context.
+    """
     return None if context is None else context(batch)
 
 

@@ -29,19 +29,24 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from vadd_pyro.distributions.codes import MAX_SUPPORT
-from vadd_pyro.distributions.recursion import chain_sum, normalised, run_backward, run_forward
+from vadd_pyro.distributions.recursion import (
+    chain_sum,
+    largest,
+    normalised,
+    run_backward,
+    run_forward,
+)
 from vadd_pyro.distributions.tokens import draw_categorical
 
 __all__ = ["CodeChain"]
-
-_TINY = 1e-300  # of double precision
 
 
 class CodeChain(TorchDistribution):
     """A Markov chain of ``D`` codes, integers ``(D,)`` in ``0..C-1``.
 
     Args:
-        transition: ``A``, how well one code goes with the next, ``(C, C)``.
+        transition: ``A``, how well one code goes with the next, ``(C, C)``. Logits of a step that
+            are 700 nats apart count as impossible.
         potential: ``u``, what a position wants, ``(..., D, C)``.
 
     Raises:
@@ -143,22 +148,19 @@ class CodeChain(TorchDistribution):
         Args:
             log_factor: as in :meth:`summed_out`.
         """
-        factor = log_factor.double().movedim(-2, 0)
-        pairs, here, total = self._weights()
-        here, total = (t.expand(factor.shape) for t in (here, total))
-        most = factor.amax(-1, keepdim=True)
-        after = run_backward(pairs, (factor - most).exp() * here, total).clamp_min(_TINY).log()
-        potential = self.potential.double() + (factor - most + after).movedim(0, -2)
-        return CodeChain(self.transition, potential.to(self.potential.dtype), validate_args=False)
+        shape = torch.broadcast_shapes(self.potential.shape, log_factor.shape)
+        factor = log_factor.double().expand(shape)
+        factor = factor - largest(factor)
+        pairs, here, total = normalised(self.transition, self.potential.expand(shape))
+        weight = (factor.exp() * here).movedim(-2, 0)
+        after = run_backward(pairs, weight, total.movedim(-2, 0)).movedim(0, -2)
+        potential = (self.potential + factor + after).to(self.potential.dtype)
+        return CodeChain(self.transition, potential, validate_args=False)
 
     def marginals(self) -> Tensor:
         """Probabilities of the codes of each position, ``(..., D, C)``."""
-        found = run_forward(*self._weights())
+        found = run_forward(*normalised(self.transition, self.potential.movedim(-2, 0)))
         return found.movedim(0, -2).to(self.potential.dtype)
-
-    def _weights(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Of the steps, positions first."""
-        return normalised(self.transition, self.potential.movedim(-2, 0))
 
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-probability of codes ``(..., D)`` in nats, the batch shape."""

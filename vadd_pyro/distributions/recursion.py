@@ -24,7 +24,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-__all__ = ["chain_sum", "normalised", "run_backward", "run_forward"]
+__all__ = ["chain_sum", "largest", "normalised", "run_backward", "run_forward"]
 
 _TINY = 1e-300  # of double precision
 
@@ -64,8 +64,8 @@ def run_forward(pairs: Tensor, here: Tensor, total: Tensor) -> Tensor:
 
 
 def run_backward(pairs: Tensor, weight: Tensor, total: Tensor) -> Tensor:
-    """What comes after each position, ``beta`` up to a factor of each row and position, ``(D, N,
-    C)``.
+    """What comes after each position, ``log beta`` up to a number for each row and position, ``(D,
+    N, C)``.
 
     Args:
         pairs, total: as in :func:`run_forward`.
@@ -77,10 +77,15 @@ def run_backward(pairs: Tensor, weight: Tensor, total: Tensor) -> Tensor:
         after = ((weight[i] * after) @ pairs.mT) / total[i]
         after = after / after.amax(-1, keepdim=True).clamp_min(_TINY)
         found.append(after)
-    return torch.stack(found[::-1])
+    return torch.stack(found[::-1]).clamp_min(_TINY).log()
 
 
-def _largest(log_factor: Tensor) -> Tensor:
+def _result(log_factor: Tensor) -> torch.dtype:
+    """Of a sum over a whole row, for which half precision is too little."""
+    return torch.promote_types(log_factor.dtype, torch.float32)
+
+
+def largest(log_factor: Tensor) -> Tensor:
     """Of each position, where that is a number."""
     most = log_factor.amax(-1, keepdim=True)
     return most.where(most.isfinite(), most.new_zeros(()))
@@ -89,7 +94,7 @@ def _largest(log_factor: Tensor) -> Tensor:
 def _chain_sum(transition: Tensor, potential: Tensor, log_factor: Tensor) -> Tensor:
     pairs, here, total = normalised(transition, potential.movedim(-2, 0))
     factor = log_factor.double().movedim(-2, 0)
-    most = _largest(factor)
+    most = largest(factor)
     weight = (factor - most).exp() * here
     state = weight[0] / here[0].sum(-1, keepdim=True)
     scales = []
@@ -99,7 +104,8 @@ def _chain_sum(transition: Tensor, potential: Tensor, log_factor: Tensor) -> Ten
         scale = state.sum(-1, keepdim=True)
         scales.append(scale)
         state = state / scale.clamp_min(_TINY)
-    return (torch.stack(scales).log() + most).sum(0).squeeze(-1).to(log_factor.dtype)
+    found = (torch.stack(scales).log() + most).sum(0).squeeze(-1)
+    return found.to(_result(log_factor))
 
 
 def _chain_sum_backward(
@@ -107,8 +113,8 @@ def _chain_sum_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     pairs, here, total = normalised(transition, potential.movedim(-2, 0))
     factor = log_factor.double().movedim(-2, 0)
-    weight = (factor - _largest(factor)).exp() * here
-    weight = weight * run_backward(pairs, weight, total)
+    weight = (factor - largest(factor)).exp() * here
+    weight = weight * run_backward(pairs, weight, total).exp()
     weight = weight / weight.amax(-1, keepdim=True).clamp_min(_TINY)
     weight_total = (weight @ pairs.mT).clamp_min(_TINY)
     posterior = run_forward(pairs, weight, weight_total)
@@ -133,7 +139,7 @@ def _chain_sum_backward(
 
 
 def _like_forward(transition: Tensor, potential: Tensor, log_factor: Tensor) -> Tensor:
-    return log_factor.new_empty(log_factor.shape[:-2])
+    return log_factor.new_empty(log_factor.shape[:-2], dtype=_result(log_factor))
 
 
 def _like_backward(
@@ -147,7 +153,7 @@ def _in_order(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(tensor.contiguous() for tensor in tensors)
 
 
-for _key in ("CPU", "CUDA", "MPS"):
+for _key in ("CPU", "CUDA"):
     _LIBRARY.impl("chain_sum", lambda *args: _chain_sum(*args).contiguous(), _key)
     _LIBRARY.impl("chain_sum_backward", lambda *args: _in_order(*_chain_sum_backward(*args)), _key)
 _LIBRARY.impl("chain_sum", _like_forward, "Meta")
@@ -177,7 +183,7 @@ def chain_sum(transition: Tensor, potential: Tensor, log_factor: Tensor) -> Tens
         log_factor: ``log f``, ``(..., D, C)``, broadcast against it.
 
     Returns:
-        ``(...)`` nats, of the type of ``log_factor``.
+        ``(...)`` nats, of the type of ``log_factor``, at least single precision.
     """
     shape = torch.broadcast_shapes(potential.shape, log_factor.shape)
     return _ChainSum.apply(transition, potential.expand(shape), log_factor.expand(shape))

@@ -17,6 +17,7 @@ from typing import Any, ClassVar
 import torch
 from pyro.distributions import Categorical, Independent, MaskedDistribution
 from pyro.distributions.torch_distribution import TorchDistribution
+from pyro.distributions.util import scale_and_mask
 from torch import Tensor
 from torch.distributions import Distribution as TorchBase
 from torch.distributions import constraints
@@ -220,12 +221,19 @@ def position_log_prob(distribution: TorchBase, value: Tensor) -> Tensor:
     """
     if isinstance(distribution, TokenCategorical):
         return distribution.position_log_prob(value)
+    if isinstance(distribution, MaskedDistribution) and distribution.event_shape:
+        whole = position_log_prob(distribution.base_dist, value)
+        return scale_and_mask(whole, mask=_by_position(distribution._mask))
     if isinstance(distribution, Independent) and distribution.reinterpreted_batch_ndims == 1:
         return distribution.base_dist.log_prob(value)
     raise TypeError(
         "to sum out a latent along a row, site 'x_0' must be a TokenCategorical(logits, target) "
         f"or Categorical(logits=...).mask(target).to_event(1); got {distribution}"
     )
+
+
+def _by_position(mask: Tensor | bool) -> Tensor | bool:
+    return mask.unsqueeze(-1) if isinstance(mask, Tensor) else mask
 
 
 def position_logits(

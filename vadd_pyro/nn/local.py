@@ -31,8 +31,6 @@ class _LocalLatents(Decoder):
     """
 
     def _check_latent(self, z: Tensor, num_rows: int) -> None:
-        if not self.latent_dim:
-            super()._check_latent(z, num_rows)
         shape = (self.length, self.latent_dim)
         rows = z.shape[-3] if z.dim() > 2 else 1
         if z.shape[-2:] != shape or (rows != num_rows and 1 not in (rows, num_rows)):
@@ -94,10 +92,6 @@ class LocalDecoder(_LocalLatents, LateDecoder):
                 "...jn,jnk->...jk", narrow.to(self.local_head.dtype), self.local_head
             )
         return own.add_(self.head(wide))
-
-    def _head_at(self, h: tuple[Tensor, Tensor | None], index: Tensor | None) -> Tensor:
-        logits = self._head(h).reshape(-1, self.vocab_size)
-        return logits if index is None else logits.index_select(0, index)
 
 
 class LocalTransformerDecoder(_LocalLatents, LateTransformerDecoder):
