@@ -92,6 +92,14 @@ def medians(
     return {name: statistics.median(values) for name, values in times.items()}
 
 
+def one_core() -> None:
+    """Keep this process, and what it starts, on one of its cores, where the system can: NumPyro's
+    libraries take as many as they are given, whatever they are told.
+    """
+    if hasattr(os, "sched_setaffinity"):
+        os.sched_setaffinity(0, {max(os.sched_getaffinity(0))})
+
+
 def conditions() -> dict[str, Any]:
     """What a table must say of how it was measured; call it before anything is timed."""
     return {

@@ -13,7 +13,8 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
-# Before jax starts: one thread, as for torch. It has no other switch on the CPU.
+# Before jax starts: one thread, as for torch. It has no other switch on the CPU, and takes more
+# all the same where it is not kept on one core.
 os.environ.setdefault(
     "XLA_FLAGS", "--xla_cpu_multi_thread_eigen=false intra_op_parallelism_threads=1"
 )

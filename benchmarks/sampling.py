@@ -28,7 +28,7 @@ from typing import Any, NamedTuple
 
 import pyro
 import torch
-from common import SIZES, Size, medians
+from common import SIZES, Size, medians, one_core
 from torch import Tensor, nn
 
 from vadd_pyro import MaskingProcess, models, sample
@@ -168,6 +168,7 @@ def main() -> int:
     parser.add_argument("--compile", action="store_true", help="with compiled networks too")
     parser.add_argument("--json", default=None, help="file for the figures")
     arguments = parser.parse_args()
+    one_core()
     torch.set_num_threads(1)
     results: dict[str, Any] = {
         "torch": torch.__version__,

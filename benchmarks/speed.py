@@ -24,7 +24,7 @@ from typing import Any
 import pyro
 import pyro.distributions as dist
 import torch
-from common import SIZES, TARGETS, Size, medians
+from common import SIZES, TARGETS, Size, medians, one_core
 from hand import normal_loss, optimiser, plain, training_step
 from package import graph_step, program_step
 from torch import Tensor, nn
@@ -163,6 +163,8 @@ def main() -> int:
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--json", default=None, help="file for the figures")
     arguments = parser.parse_args()
+    if arguments.threads == 1:
+        one_core()
     torch.set_num_threads(arguments.threads)
     names = arguments.sizes.split(",")
     results: dict[str, Any] = {
