@@ -59,3 +59,10 @@ def small_pair(
 def all_rows(vocab_size: int, length: int) -> torch.Tensor:
     """Every row of tokens, ``(K ** D, D)``."""
     return torch.cartesian_prod(*[torch.arange(vocab_size)] * length).reshape(-1, length)
+
+
+def codes_of(prior: str) -> int:
+    """How many codes a prior of the zoo has in tests of inspection, which lays out all
+    combinations of a chain.
+    """
+    return 4 if "chain" in prior else 9

@@ -8,7 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import small_pair
+from conftest import codes_of, small_pair
 from scipy.stats import norm
 
 from vadd_pyro import MaskingProcess, zoo
@@ -268,7 +268,7 @@ PAIRS += [("mixture", "mixture"), ("hierarchical", "bottom_up")]
 @pytest.mark.parametrize(("prior", "guide"), PAIRS)
 def test_every_pair_of_the_zoo_is_compared(prior, guide):
     process = MaskingProcess(3, 4)
-    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=9)
+    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=codes_of(prior))
     batch = process.corrupt(torch.randint(3, (60, 4)), 0.9)
     batch = batch[batch.target.any(-1)]
     before = torch.random.get_rng_state()
@@ -288,7 +288,7 @@ def test_every_pair_of_the_zoo_is_compared(prior, guide):
 def test_codes_with_a_guide_are_compared(guide):
     process = MaskingProcess(3, 4)
     prior = "product_one_hot" if guide == "straight_through" else "product"
-    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=9)
+    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=codes_of(prior))
     batch = process.corrupt(torch.randint(3, (60, 4)), 1.0)
     result = aggregate_posterior(model, guide, batch, seed=3)
     assert 0 <= result.holes <= 1

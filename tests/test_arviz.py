@@ -18,7 +18,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import small_pair
+from conftest import codes_of, small_pair
 
 from vadd_pyro import MaskedBatch, MaskedDiffusionELBO, MaskingProcess, zoo
 from vadd_pyro.inspection import conversion, posterior_draws, prior_draws
@@ -104,7 +104,7 @@ PAIRS = [(prior, "auto") for prior in zoo.PRIORS] + [
 
 @pytest.mark.parametrize(("prior", "guide"), PAIRS)
 def test_every_pair_of_the_zoo_is_held_as_drawn(prior, guide):
-    pair = zoo.build(prior, guide, PROCESS, hidden_dim=16, num_codes=9)
+    pair = zoo.build(prior, guide, PROCESS, hidden_dim=16, num_codes=codes_of(prior))
     batch = masked_rows(2)
     data = to_arviz(pair.model, pair.guide, batch, 32, log_likelihood=True, seed=1)
     draws = posterior_draws(pair.model, pair.guide, batch, 32, seed=1)
@@ -135,7 +135,7 @@ def test_every_pair_of_the_zoo_is_held_as_drawn(prior, guide):
 
 @pytest.mark.parametrize("prior", ["none", "hierarchical", "categorical", "product_one_hot"])
 def test_a_file_gives_back_what_a_pair_gave(prior, tmp_path):
-    pair = zoo.build(prior, "auto", PROCESS, hidden_dim=16, num_codes=9)
+    pair = zoo.build(prior, "auto", PROCESS, hidden_dim=16, num_codes=codes_of(prior))
     data = to_arviz(pair.model, pair.guide, masked_rows(), 5, log_likelihood=True)
     conversion.save_netcdf(data, tmp_path / "pair.nc")
     loaded = conversion.load_netcdf(tmp_path / "pair.nc")
@@ -148,7 +148,7 @@ def test_a_file_gives_back_what_a_pair_gave(prior, tmp_path):
 
 def test_dimensions_are_named_after_what_the_latents_are():
     def dims(prior: str, guide: str = "auto") -> dict[str, tuple[str, ...]]:
-        pair = zoo.build(prior, guide, PROCESS, hidden_dim=16, num_codes=9)
+        pair = zoo.build(prior, guide, PROCESS, hidden_dim=16, num_codes=codes_of(prior))
         data = to_arviz(pair.model, pair.guide, masked_rows(), 3, prior=False, predictive=False)
         return {name: v.dims[2:] for name, v in data["posterior"].data_vars.items()}
 

@@ -8,6 +8,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
+from conftest import codes_of
 
 from vadd_pyro import MaskedBatch, MaskingProcess, zoo
 from vadd_pyro.inspection.calibration import Calibration, calibrate_guide
@@ -187,7 +188,7 @@ PAIRS += [("mixture", "mixture"), ("hierarchical", "bottom_up")]
 @pytest.mark.parametrize(("prior", "guide"), PAIRS)
 def test_every_pair_of_the_zoo_is_calibrated(prior, guide):
     process = MaskingProcess(3, 4)
-    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=9)
+    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=codes_of(prior))
     x_0 = torch.randint(3, (60, 4))
     batch = process.corrupt(x_0, 0.9)
     batch = batch[batch.target.any(-1)]
@@ -215,7 +216,7 @@ def test_every_pair_of_the_zoo_is_calibrated(prior, guide):
 def test_codes_with_a_guide_are_calibrated(guide):
     process = MaskingProcess(3, 4)
     prior = "product_one_hot" if guide == "straight_through" else "product"
-    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=9)
+    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=codes_of(prior))
     result = calibrate_guide(model, guide, process.corrupt(torch.zeros(40, 4).long(), 1.0), 19)
     assert result.names == ["z[0]", "z[1]", "log_likelihood"]
 

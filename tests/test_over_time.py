@@ -10,7 +10,7 @@ import pyro
 import pyro.distributions as dist
 import pytest
 import torch
-from conftest import all_rows, small_pair
+from conftest import all_rows, codes_of, small_pair
 from pyro.distributions.torch_distribution import TorchDistribution
 
 from vadd_pyro import CosineSchedule, MaskedDiffusionELBO, MaskingProcess, zoo
@@ -398,7 +398,7 @@ PAIRS += [("mixture", "mixture"), ("hierarchical", "bottom_up")]
 @pytest.mark.parametrize(("prior", "guide"), PAIRS)
 def test_every_pair_of_the_zoo_is_followed_over_time(prior, guide):
     process = MaskingProcess(3, 4)
-    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=9)
+    model, guide, _ = zoo.build(prior, guide, process, hidden_dim=16, num_codes=codes_of(prior))
     x_0 = torch.randint(3, (30, 4))
     before = torch.random.get_rng_state()
     options = {"num_draws": 16, "num_particles": 8, "seed": 3}
