@@ -135,8 +135,8 @@ def check_chain(
         args, kwargs: further arguments of the program.
 
     Returns:
-        Whether anything was compared: not without a masked position, nor where the same codes do
-        not give the same law twice.
+        Whether anything was compared: not without a chain or a masked position, nor where the same
+        codes do not give the same law twice.
 
     Raises:
         NotLocalError: naming the site, for a model whose chain could not be summed out so.
@@ -144,7 +144,7 @@ def check_chain(
     """
     chain = chain_of(generated)
     if chain is None:
-        return True
+        return False
     check_alone(chain, inferred, generated)
     if getattr(model, "least_time", 0.0) > 0:
         raise NotLocalError(
