@@ -376,25 +376,31 @@ def test_what_a_chain_carries_is_known_by_its_posterior(by_combination):
     assert found.mutual_information == pytest.approx(exact.mutual_information, rel=0.1)
 
 
-def test_long_chains_train_compiled_and_sample():
+def train_long(compiled):
+    """A chain of 40 codes after a few updates, and what these reported."""
     process = MaskingProcess(4, 40)
     torch.manual_seed(0)
-    networks = make_networks("transformer", process, **SIZES, **LATE)
+    networks = make_networks("mlp", process, hidden_dim=16, num_layers=2)
     made = zoo.build("conditional_chain", "auto", process, num_codes=5, networks=networks)
+    elbo = MaskedDiffusionELBO(process)
     rows = torch.randint(4, (256, 40))
-    history = fit(
-        made.model,
-        made.guide,
-        MaskedDiffusionELBO(process),
-        rows,
-        4,
-        batch_size=32,
-        progress=False,
-        seed=0,
-    )
-    assert all(math.isfinite(loss) for loss in history.loss)
+    options = dict(batch_size=32, progress=False, seed=0, log_every=1, compile=compiled)
+    history = fit(made.model, made.guide, elbo, rows, 6, **options)
+    return process, made.model, history.loss
+
+
+def test_updates_as_one_graph_are_those_of_the_programs(recwarn):
+    *_, losses = train_long(True)
+    assert not [w for w in recwarn if "graph" in str(w.message)]
+    *_, expected = train_long(False)
+    assert losses == pytest.approx(expected, rel=1e-5)
+
+
+def test_long_chains_sample():
+    process, model, losses = train_long(False)
+    assert all(math.isfinite(loss) for loss in losses)
     for how in ("fresh", "shared", "partial"):
-        draws = sample(made.model, process, 8, 4, latent=how, seed=0)
+        draws = sample(model, process, 8, 4, latent=how, seed=0, latent_temperature=0.7)
         assert draws.shape == (8, 40)
         assert (draws < 4).all()
 
