@@ -77,7 +77,8 @@ def latents(folder: str | Path) -> str | None:
         return f"its latents tell at least {told} (their KL is {kl:.2f} nats)"
     return (
         f"its latents have collapsed: they tell {told}, and a model without them would do as "
-        "well. Try --prior product, --set free_bits=0.1, or a longer --set annealing"
+        "well. Try codes (--prior conditional_categorical, for text conditional_chain), "
+        "--set free_bits=0.1, or a longer --set annealing"
     )
 
 
