@@ -609,3 +609,22 @@ def test_gradients_are_those_of_differences():
     inputs = [t.clone().requires_grad_() for t in (law.transition, law.potential, factor)]
     assert torch.autograd.gradcheck(of, inputs)
     assert torch.autograd.gradgradcheck(of, inputs)
+
+
+def test_exact_laws_of_a_chain_beside_a_vector():
+    process = MaskingProcess(2, 5)
+    torch.manual_seed(0)
+    law = CodeChain(torch.randn(6, 6), torch.randn(5, 6))  # 7,776 combinations
+    emission, tilt = torch.randn(6, 2), torch.tensor([0.0, 1.0])
+
+    def model(batch):
+        with pyro.plate("data", len(batch), dim=-1):
+            w = pyro.sample("w", dist.Normal(torch.zeros(1), torch.ones(1)).to_event(1))
+            z = pyro.sample("z", law)
+            logits = emission[z] + w.unsqueeze(-1) * tilt
+            return pyro.sample("x_0", TokenCategorical(logits, batch.target), obs=batch.x_0)
+
+    exact = exact_distribution(model, process, 1).flatten()
+    draws = sample(model, process, 20_000, 1, seed=0)
+    counts = (draws * 2 ** torch.arange(4, -1, -1)).sum(-1).bincount(minlength=32)
+    assert chisquare(counts.double().numpy(), 20_000 * exact.numpy()).pvalue > 1e-3

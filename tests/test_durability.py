@@ -85,41 +85,30 @@ def no_second_names(*arguments):
     raise OSError(1, "Operation not permitted")  # as on FAT, and some network file systems
 
 
-def test_a_checkpoint_is_whole_before_and_after_every_call(tmp_path, monkeypatch):
+@pytest.mark.parametrize("two_names", [True, False])
+def test_a_checkpoint_is_whole_before_and_after_every_call(two_names, tmp_path, monkeypatch):
     path = tmp_path / "run.pt"
     found = []
-    calls = {name: getattr(os, name) for name in ("fsync", "link", "replace")}
-    for name in calls:
-
-        def watched(*arguments, call=calls[name]):
-            call(*arguments)
-            found.append(load_checkpoint(path)["a"] if path.exists() else None)
-
-        monkeypatch.setattr(os, name, watched)
-    for number in range(3):
-        save_checkpoint(path, {"a": number}, keep_previous=True)
-    # Written; the old one named twice where there is one; the new one renamed, the folder written.
-    assert found == [None, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2]
-    assert load_checkpoint(previous_of(path))["a"] == 1
-    assert len(list(tmp_path.iterdir())) == 2
-
-
-def test_one_of_two_names_is_whole_where_files_have_one_name(tmp_path, monkeypatch):
-    path = tmp_path / "run.pt"
-    found = []
-    calls = {name: getattr(os, name) for name in ("fsync", "replace")}
-    monkeypatch.setattr(os, "link", no_second_names)
+    calls = {name: getattr(os, name) for name in ("fsync", "link", "replace", "unlink")}
+    if not two_names:
+        calls["link"] = no_second_names
     for name in calls:
 
         def watched(*arguments, call=calls[name]):
             call(*arguments)
             newest = newest_checkpoint(path)
+            if two_names and newest is not None:
+                assert newest == path
             found.append(None if newest is None else load_checkpoint(newest)["a"])
 
         monkeypatch.setattr(os, name, watched)
     for number in range(3):
         save_checkpoint(path, {"a": number}, keep_previous=True)
-    assert found == [None, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
+    # Written; the old one's other name, asked for and given; the new one renamed; the folder.
+    if two_names:
+        assert found == [None, 0, 0, 0, 0, 0, 1, 1, 1, 1, 1, 2, 2]
+    else:
+        assert found == [None, 0, 0, 0, 0, 1, 1, 1, 1, 2, 2]
     assert load_checkpoint(previous_of(path))["a"] == 1
     assert len(list(tmp_path.iterdir())) == 2
 

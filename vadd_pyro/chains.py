@@ -8,7 +8,7 @@ the law needs to sum them out.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import replace
 from typing import Any
 
@@ -40,9 +40,9 @@ class NotLocalError(ValueError):
     """A chain along the row that could not be summed out as such."""
 
 
-def chain_of(model: Recorder) -> Site | None:
+def chain_of(sites: Iterable[Site]) -> Site | None:
     """The site that is laid out position by position; None without one."""
-    return next((site for site in model.sites.values() if site.by_position), None)
+    return next((site for site in sites if site.by_position), None)
 
 
 def check_alone(chain: Site, guide: Recorder, model: Recorder) -> None:
@@ -142,7 +142,7 @@ def check_chain(
         NotLocalError: naming the site, for a model whose chain could not be summed out so.
         ValueError: for other latents.
     """
-    chain = chain_of(generated)
+    chain = chain_of(generated.sites.values())
     if chain is None:
         return False
     check_alone(chain, inferred, generated)
@@ -160,7 +160,7 @@ def check_chain(
         with evaluation(model):
             everything = Recorder(None, lambda msg: True, by_position=True)
             laid_out = run(model, everything, batch, *args, **kwargs)
-            chain = chain_of(laid_out)
+            chain = chain_of(laid_out.sites.values())
             assert chain is not None
             law = chain.fn
             shape = (*torch.broadcast_shapes(law.batch_shape, (len(batch),)), *law.event_shape)

@@ -135,7 +135,7 @@ def score(
     averaged = [site for site in guide.sites.values() if site.enum_dim is not None]
     one_scale = bool(summed) or bool(averaged) or several_inside or free_bits > 0
     check_summed(summed + averaged, layout)
-    chain = chain_of(model)
+    chain = chain_of(summed)
     if chain is not None:
         check_alone(chain, guide, model)
         summed = []

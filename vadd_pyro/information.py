@@ -37,7 +37,14 @@ from vadd_pyro.process import MaskedBatch
 from vadd_pyro.recorder import Recorder, Site
 from vadd_pyro.sites import Layout
 
-__all__ = ["MEAN_RUNS", "active_units", "mutual_information", "stand_alone"]
+__all__ = [
+    "MEAN_RUNS",
+    "active_units",
+    "all_pairs",
+    "mutual_information",
+    "of_pairs",
+    "stand_alone",
+]
 
 MEAN_RUNS = 32  # of a guide whose sites depend on each other, for its posterior means
 _MEAN_DRAWS = 128  # for posterior means without closed form
@@ -154,7 +161,7 @@ def mutual_information(
             pairs = _pairs([record.sites[name] for name in names])
         else:
             pairs = _pairs_by_runs(names, batch[:num_rows], layout, again)
-        values.append((pairs.diagonal() - pairs.logsumexp(1)).mean() + math.log(num_rows))
+        values.append(of_pairs(pairs))
     return float(torch.stack(values).mean()), num_rows
 
 
@@ -164,19 +171,35 @@ def _rows_first(site: Site) -> Tensor:
     return value.movedim(-1 - len(site.fn.event_shape), 0)
 
 
+def all_pairs(
+    fn: Distribution, values: Tensor, masked: Callable[[Tensor], Tensor] = lambda log_r: log_r
+) -> Tensor:
+    """Log-densities of ``n`` draws under the laws of all ``m`` rows, ``(n, m)``, double precision.
+
+    Args:
+        fn: the laws, rows along the last of their batch dimensions.
+        values: draws, ``(n, inner plates ..., event)``.
+        masked: applied to log-densities.
+    """
+    num_rows = fn.batch_shape[-1]
+    pieces = []
+    for piece in values.split(max(1, _CHUNK // max(1, values.numel()))):
+        log_r = masked(fn.log_prob(piece.unsqueeze(-1 - len(fn.event_shape))))
+        pieces.append(log_r.reshape(len(piece), -1, num_rows).sum(1))
+    return torch.cat(pieces).double()
+
+
+def of_pairs(pairs: Tensor) -> Tensor:
+    """Mutual information by the log-densities of all pairs of rows, ``(n, n)``; nats."""
+    return (pairs.diagonal() - pairs.logsumexp(1)).mean() + math.log(len(pairs))
+
+
 def _pairs(sites: list[Site]) -> Tensor:
     """``log r(z_n | x_m)`` for all pairs of rows, ``(n, m)``, of sites that stand alone."""
-    num_rows = sites[0].fn.batch_shape[-1]
     total = torch.zeros((), dtype=torch.double)
     for site in sites:
-        values = _rows_first(site)
-        size = max(1, _CHUNK // max(1, values.numel()))
-        pieces = []
-        for piece in values.split(size):
-            value = piece.unsqueeze(-1 - len(site.fn.event_shape))
-            log_r = site.masked(site.fn.log_prob(value))
-            pieces.append(log_r.reshape(len(piece), -1, num_rows).sum(1))
-        total = total.to(pieces[0].device) + torch.cat(pieces).double()
+        found = all_pairs(site.fn, _rows_first(site), site.masked)
+        total = total.to(found.device) + found
     return total
 
 

@@ -19,7 +19,7 @@ from pyro.distributions import Gamma, Independent, MixtureSameFamily, StudentT
 from torch import Tensor
 from torch.quasirandom import SobolEngine
 
-from vadd_pyro.chains import joint_along_row
+from vadd_pyro.chains import chain_of, joint_along_row
 from vadd_pyro.distributions import token_logits
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 from vadd_pyro.recorder import Recorder, Site
@@ -316,14 +316,12 @@ class Joints:
             raise ValueError(f"the model has no site 'x_0'; it has {sorted(run.sites)}")
         latents = [s for name, s in run.sites.items() if name != "x_0" and not s.observed]
         drawn = [site.name for site in latents if site.enum_dim is None]
-        if values is None and any(
-            getattr(run.sites[name].fn, "sums_by_position", False) for name in drawn
-        ):
-            raise ValueError(
-                f"{drawn[0]!r} is a chain along the row with too many combinations to be laid "
-                "out, as one draw for all steps needs: take latent='fresh'"
-            )
         if values is None and self.continuous is False and drawn:
+            if getattr(run.sites[drawn[0]].fn, "sums_by_position", False):
+                raise ValueError(
+                    f"{drawn[0]!r} is a chain along the row with too many combinations to be laid "
+                    "out, as one draw for all steps needs: take latent='fresh'"
+                )
             raise ValueError(
                 f"the latent {drawn[0]!r} is drawn at t = {t:g} in states with visible tokens, "
                 "but not where everything is masked: an exact law needs a program with the same "
@@ -342,7 +340,7 @@ class Joints:
     def _partial(self, x: Tensor, points: Tensor, masked: list[int], t: float) -> Tensor:
         """Sum over the given points of the weighted products, ``(n, K ** m)``."""
         logits, latents = self._run(x, points, t, by_position=True)
-        chain = next((site for site in latents if site.by_position), None)
+        chain = chain_of(latents)
         if chain is not None and len(latents) == 1:
             return joint_along_row(chain, logits, masked)
         if chain is not None:

@@ -38,7 +38,14 @@ from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.distributions import CodeCategorical, OneHotCodes
 from vadd_pyro.divergences import closed_form, latent_dimensions
 from vadd_pyro.elbo import MaskedDiffusionELBO
-from vadd_pyro.information import MEAN_RUNS, active_units, mutual_information, stand_alone
+from vadd_pyro.information import (
+    MEAN_RUNS,
+    active_units,
+    all_pairs,
+    mutual_information,
+    of_pairs,
+    stand_alone,
+)
 from vadd_pyro.process import MaskedBatch, check_size
 from vadd_pyro.programs import evaluation
 from vadd_pyro.recorder import Recorder, Site, run
@@ -49,7 +56,6 @@ from vadd_pyro.times import GridTimes
 __all__ = ["LatentStatistics", "Monitor", "latent_statistics"]
 
 _AT_PRIOR = 0.01  # nats of each dimension
-_CHAIN_ROWS = 8  # draws that meet all rows at once
 
 
 class LatentStatistics(NamedTuple):
@@ -130,7 +136,7 @@ def latent_statistics(
         if not latents:
             summed = [site for site in generated.sites.values() if site.enum_dim is not None]
             check_summed(summed, layout)
-            chain = chain_of(generated)
+            chain = chain_of(summed)
             if chain is None:
                 return _of_codes(generated, summed, layout)
             check_chain(model, inferred, generated, batch, args)
@@ -286,13 +292,8 @@ def _of_chain(chain: Site, tokens: Site, num_draws: int) -> LatentStatistics:
     probability = posterior.marginals().double()
     expected = (probability * factor.where(probability > 0, factor.new_zeros(()))).sum((-2, -1))
     kl = expected - prior.summed_out(factor.double())
-    num_rows = len(kl)
-    terms = []
-    for codes in posterior.sample((num_draws,)).flatten(0, 1).split(_CHAIN_ROWS):
-        terms.append(posterior.log_prob(codes.unsqueeze(1)).double())
-    each = torch.cat(terms).reshape(num_draws, num_rows, num_rows)
-    own = each.diagonal(dim1=1, dim2=2)
-    information = (own - torch.logsumexp(each, 2) + math.log(num_rows)).mean()
+    draws = posterior.sample((num_draws,))
+    information = torch.stack([of_pairs(all_pairs(posterior, codes)) for codes in draws]).mean()
     used = probability.mean((0, 1))
     return LatentStatistics(
         kl=float(kl.mean()),
@@ -302,7 +303,7 @@ def _of_chain(chain: Site, tokens: Site, num_draws: int) -> LatentStatistics:
         num_units=len(used),
         mutual_information=float(information.clamp_min(0.0)),
         share_at_prior=float((kl < _AT_PRIOR * latent_dimensions(prior)).double().mean()),
-        num_rows=num_rows,
+        num_rows=len(kl),
     )
 
 

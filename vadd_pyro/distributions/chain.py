@@ -19,7 +19,6 @@ References:
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Callable, Sequence
 from typing import Any, ClassVar
 
@@ -28,7 +27,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from vadd_pyro.distributions.codes import MAX_SUPPORT
+from vadd_pyro.distributions.codes import MAX_SUPPORT, combinations, placed
 from vadd_pyro.distributions.recursion import (
     chain_sum,
     largest,
@@ -110,18 +109,9 @@ class CodeChain(TorchDistribution):
         Raises:
             NotImplementedError: for more than 4,096.
         """
-        size = self.num_codes**self.length
-        if size > MAX_SUPPORT:
-            raise NotImplementedError(
-                f"a chain of {self.length} codes of {self.num_codes} has {size:,} combinations, "
-                f"more than {MAX_SUPPORT:,}"
-            )
-        values = torch.tensor(
-            list(itertools.product(range(self.num_codes), repeat=self.length)),
-            device=self.potential.device,
-        )
-        values = values.reshape((size,) + (1,) * len(self.batch_shape) + (self.length,))
-        return values.expand((size, *self.batch_shape, -1)) if expand else values
+        values = combinations(self.num_codes, self.length, self.potential.device)
+        values = values.reshape(len(values), *(1,) * len(self.batch_shape), self.length)
+        return values.expand(len(values), *self.batch_shape, -1) if expand else values
 
     def position_support(self) -> Tensor:
         """Each code at all positions, ``(C, 1, ..., D)``, for :meth:`summed_out`."""
@@ -198,9 +188,7 @@ class CodeChain(TorchDistribution):
         u = u.expand(shape)
 
         def pick(i: int, logits: Tensor) -> Tensor:
-            cdf = logits.softmax(-1).cumsum(-1)
-            passed = cdf <= u[..., i, None] * cdf[..., -1:]
-            return passed.sum(-1).clamp_max(self.num_codes - 1)
+            return placed(logits.softmax(-1), u[..., i])
 
         return self._walk(pick, self.potential.expand(*shape, -1))
 

@@ -27,9 +27,38 @@ from torch.nn.functional import one_hot
 
 from vadd_pyro.distributions.tokens import draw_categorical
 
-__all__ = ["MAX_SUPPORT", "CodeCategorical", "OneHotCodes", "StraightThroughCodes"]
+__all__ = [
+    "MAX_SUPPORT",
+    "CodeCategorical",
+    "OneHotCodes",
+    "StraightThroughCodes",
+    "combinations",
+    "placed",
+]
 
 MAX_SUPPORT = 4096  # combinations that are laid out to be summed over
+
+
+def combinations(num_codes: int, length: int, device: torch.device) -> Tensor:
+    """All combinations of ``length`` codes, ``(num_codes ** length, length)`` long.
+
+    Raises:
+        NotImplementedError: for more than 4,096.
+    """
+    size = num_codes**length
+    if size > MAX_SUPPORT:
+        raise NotImplementedError(
+            f"{length} codes of {num_codes} have {size:,} combinations, more than {MAX_SUPPORT:,}"
+        )
+    values = itertools.product(range(num_codes), repeat=length)
+    return torch.tensor(list(values), device=device)
+
+
+def placed(probabilities: Tensor, u: Tensor) -> Tensor:
+    """Points ``u (...)`` of the unit interval carried to codes of probabilities ``(..., C)``."""
+    cdf = probabilities.cumsum(-1)
+    passed = cdf <= u.unsqueeze(-1) * cdf[..., -1:]
+    return passed.sum(-1).clamp_max(probabilities.shape[-1] - 1)
 
 
 class _Codes(TorchDistribution):
@@ -75,18 +104,9 @@ class _Codes(TorchDistribution):
         return bool(self.num_codes**self.num_factors <= MAX_SUPPORT)
 
     def _combinations(self, expand: bool) -> Tensor:
-        size = self.num_codes**self.num_factors
-        if size > MAX_SUPPORT:
-            raise NotImplementedError(
-                f"{self.num_factors} codes of {self.num_codes} have {size:,} combinations, more "
-                f"than {MAX_SUPPORT:,}"
-            )
-        values = torch.tensor(
-            list(itertools.product(range(self.num_codes), repeat=self.num_factors)),
-            device=self.logits.device,
-        )
-        values = values.reshape((size,) + (1,) * len(self.batch_shape) + (self.num_factors,))
-        return values.expand((size, *self.batch_shape, -1)) if expand else values
+        values = combinations(self.num_codes, self.num_factors, self.logits.device)
+        values = values.reshape(len(values), *(1,) * len(self.batch_shape), self.num_factors)
+        return values.expand(len(values), *self.batch_shape, -1) if expand else values
 
     def _draw(self, sample_shape: Sequence[int]) -> Tensor:
         with torch.no_grad():
@@ -100,8 +120,7 @@ class _Codes(TorchDistribution):
         return self.num_factors
 
     def _pick(self, u: Tensor) -> Tensor:
-        cdf = self.logits.exp().cumsum(-1)
-        return (cdf <= u.unsqueeze(-1) * cdf[..., -1:]).sum(-1).clamp_max(self.num_codes - 1)
+        return placed(self.logits.exp(), u)
 
 
 class CodeCategorical(_Codes):

@@ -150,6 +150,36 @@ def _spread(modulation: Tensor, where: Tensor | None) -> Tensor:
     return modulation if modulation.dim() == 1 else modulation.unsqueeze(-2)
 
 
+def _parts(
+    process: MaskingProcess,
+    latent_dim: int,
+    *,
+    hidden_dim: int,
+    num_layers: int = 6,
+    num_heads: int = 8,
+    expansion: int = 4,
+    condition_dim: int = 128,
+    time_conditioning: bool = True,
+    position_embedding: bool = True,
+    dropout: float = 0.0,
+) -> tuple[Condition, _Trunk, TokenCode]:
+    """Condition, blocks and vectors of tokens of a network that reads a state ``(x_t, t)``."""
+    condition = Condition(condition_dim, latent_dim, time_conditioning=time_conditioning)
+    trunk = _Trunk(
+        process,
+        hidden_dim,
+        condition.size,
+        num_layers=num_layers,
+        num_heads=num_heads,
+        expansion=expansion,
+        dropout=dropout,
+        position_embedding=position_embedding,
+        open_gates=condition.size == 0,
+    )
+    tokens = TokenCode(process.vocab_size, hidden_dim, with_mask=True, learned=True)
+    return condition, trunk, tokens
+
+
 class TransformerDecoder(Decoder):
     r"""Decoder ``mu(x_t, z, t)``: a bidirectional transformer; see the module's text.
 
@@ -189,19 +219,18 @@ class TransformerDecoder(Decoder):
         dropout: float = 0.0,
     ) -> None:
         super().__init__(process, latent_dim, time_conditioning=time_conditioning)
-        self.condition = Condition(condition_dim, latent_dim, time_conditioning=time_conditioning)
-        self.trunk = _Trunk(
+        self.condition, self.trunk, self.tokens = _parts(
             process,
-            hidden_dim,
-            self.condition.size,
+            latent_dim,
+            hidden_dim=hidden_dim,
             num_layers=num_layers,
             num_heads=num_heads,
             expansion=expansion,
-            dropout=dropout,
+            condition_dim=condition_dim,
+            time_conditioning=time_conditioning,
             position_embedding=position_embedding,
-            open_gates=self.condition.size == 0,
+            dropout=dropout,
         )
-        self.tokens = TokenCode(process.vocab_size, hidden_dim, with_mask=True, learned=True)
         self.head = nn.Linear(hidden_dim, process.vocab_size)
         nn.init.zeros_(self.head.weight)
         nn.init.zeros_(self.head.bias)
@@ -290,8 +319,7 @@ class TransformerState(nn.Module):
         scale: what they are multiplied by; see :class:`~vadd_pyro.nn.State`. By default
             ``hidden_dim ** -0.5``.
         hidden_dim: width, and the number ``F`` of features.
-        num_layers, num_heads, expansion, condition_dim, time_conditioning, position_embedding,
-            dropout: as in :class:`TransformerDecoder`.
+        sizes: ``num_layers`` and the others, as in :class:`TransformerDecoder`.
 
     Shapes:
         a :class:`MaskedBatch` of ``B`` rows gives ``(B, D, F)``; only ``x_t`` and ``t`` are read.
@@ -303,30 +331,14 @@ class TransformerState(nn.Module):
         scale: float | None = None,
         *,
         hidden_dim: int = 256,
-        num_layers: int = 6,
-        num_heads: int = 8,
-        expansion: int = 4,
-        condition_dim: int = 128,
-        time_conditioning: bool = True,
-        position_embedding: bool = True,
-        dropout: float = 0.0,
+        **sizes: Any,
     ) -> None:
         super().__init__()
         self.feature_dim = hidden_dim
         self.scale = hidden_dim**-0.5 if scale is None else scale
-        self.condition = Condition(condition_dim, 0, time_conditioning=time_conditioning)
-        self.trunk = _Trunk(
-            process,
-            hidden_dim,
-            self.condition.size,
-            num_layers=num_layers,
-            num_heads=num_heads,
-            expansion=expansion,
-            dropout=dropout,
-            position_embedding=position_embedding,
-            open_gates=self.condition.size == 0,
+        self.condition, self.trunk, self.tokens = _parts(
+            process, 0, hidden_dim=hidden_dim, **sizes
         )
-        self.tokens = TokenCode(process.vocab_size, hidden_dim, with_mask=True, learned=True)
 
     def forward(self, batch: MaskedBatch) -> Tensor:
         h = self.trunk(self.tokens(batch.x_t), self.condition(None, batch.t))
