@@ -37,7 +37,13 @@ from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.networks import compiled_networks, silent_networks
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
 from vadd_pyro.compiled.update import UpdateResult
-from vadd_pyro.nn import MLPDecoder, MLPEncoder, TransformerDecoder, TransformerEncoder
+from vadd_pyro.nn import (
+    MLPDecoder,
+    MLPEncoder,
+    TransformerDecoder,
+    TransformerEncoder,
+    UNetDecoder,
+)
 from vadd_pyro.times import BalancedTimes, PartTargets
 
 PROCESS = MaskingProcess(3, 4)
@@ -141,6 +147,24 @@ def test_a_transformer_in_half_precision_is_one_graph():
     assert found.loss == pytest.approx(run(False).loss, rel=0.01)
 
 
+def test_a_unet_drops_the_same_values_as_one_graph():
+    """Around convolutions the compiler lays grids out otherwise in memory."""
+    process = MaskingProcess(3, 64)
+    rows = torch.randint(3, (32, 64), generator=torch.Generator().manual_seed(0))
+
+    def run(compiled):
+        torch.manual_seed(1)
+        sizes = dict(hidden_dim=8, multipliers=(1,), num_blocks=1, attention_levels=0)
+        model = models.MDM(UNetDecoder(process, shape=(8, 8), dropout=0.5, **sizes))
+        options = OPTIONS | dict(batch_size=16, compile=compiled)
+        return fit(model, guides.NoLatent(), MaskedDiffusionELBO(process), rows, 12, **options)
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        one, other = run(False), run(True)
+    assert other.loss == pytest.approx(one.loss, rel=1e-4)
+
+
 def test_equal_sums_are_copies_and_what_is_written_in_between_is_not_forgotten():
     def sums(x):
         first, second = x.sum(0), x.sum(0)
@@ -156,6 +180,24 @@ def test_equal_sums_are_copies_and_what_is_written_in_between_is_not_forgotten()
     assert third.equal(x.sum(0) + 3)
     assert first.data_ptr() != second.data_ptr()
     assert [str(node.target) for node in graph.graph.nodes].count("aten.sum.dim_IntList") == 2
+
+
+def test_half_precision_sums_laid_side_by_side_are_rounded_there():
+    def sums(x, w):
+        both = torch.cat([x.sum(0), (2 * x).sum(0)])
+        return both @ w, x.sum(1)
+
+    x, w = torch.randn(300, 4).bfloat16(), torch.randn(8, 3).bfloat16()
+    graph = graphs_module.capture(sums, [x, w])
+    before = graph(x, w)
+    graphs_module.sum_in_full(graph)
+    (beside,) = graph.graph.find_nodes(op="call_function", target=torch.ops.aten.cat.default)
+    for rounded in beside.args[0]:
+        (full,) = rounded.args
+        assert (full.meta["val"].dtype, rounded.meta["val"].dtype) == (torch.float32, x.dtype)
+    after = graph(x, w)
+    assert after[0].dtype == x.dtype
+    assert all(one.equal(other) for one, other in zip(before, after, strict=True))
 
 
 def test_weight_decay_by_groups():

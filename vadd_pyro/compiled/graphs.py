@@ -25,7 +25,15 @@ from torch._ops import OpOverload
 from torch.fx import GraphModule, Node
 from torch.overrides import TorchFunctionMode
 
-__all__ = ["NotOneGraphError", "capture", "compile_graph", "first_line", "own_draws", "sum_once"]
+__all__ = [
+    "NotOneGraphError",
+    "capture",
+    "compile_graph",
+    "first_line",
+    "own_draws",
+    "sum_in_full",
+    "sum_once",
+]
 
 _LOOKS = {
     "__bool__": "bool() or a condition (if, while, assert, and, or)",
@@ -164,6 +172,29 @@ def sum_once(graph: GraphModule) -> None:
     graph.recompile()
 
 
+def sum_in_full(graph: GraphModule) -> None:
+    """Have half-precision sums that are laid side by side made in full precision and rounded.
+
+    They are made so in any case, but inductor (torch 2.13) leaves them at that, and a product of
+    what lies side by side meets a factor of another type (gradients of scale and shift in a
+    U-Net's normalisation).
+    """
+    aten = torch.ops.aten
+    for node in graph.graph.find_nodes(op="call_function", target=aten.sum.dim_IntList):
+        dtype = node.meta["val"].dtype
+        beside = any(user.target is aten.cat.default for user in node.users)
+        if dtype not in (torch.bfloat16, torch.float16) or not beside:
+            continue
+        with graph.graph.inserting_after(node):
+            rounded = graph.graph.call_function(aten._to_copy.default, (node,), {"dtype": dtype})
+        rounded.meta["val"] = node.meta["val"]
+        for user in set(node.users) - {rounded}:
+            user.replace_input_with(node, rounded)
+        node.kwargs = {**node.kwargs, "dtype": torch.float32}
+        node.meta["val"] = node.meta["val"].float()
+    graph.recompile()
+
+
 def own_draws(device: torch.device) -> dict[str, bool]:
     """Options of inductor under which a graph draws torch's own random numbers, one after the
     other as the programs do.
@@ -199,6 +230,7 @@ def compile_graph(graph: GraphModule, inputs: Sequence[Tensor]) -> Callable[...,
 
     examples: list[Any] = [value.clone() for value in inputs]
     sum_once(graph)
+    sum_in_full(graph)
     try:
         with (
             torch._inductor.config.patch(own_draws(inputs[0].device)),

@@ -96,6 +96,20 @@ def chosen_pixel_logits(head: nn.Linear, h: Tensor, index: Tensor | None, channe
     return full_precision(head, h[row, index - row * h.shape[-2]])
 
 
+class _Dropout(nn.Dropout):
+    """Dropout of grids, the same values however they lie in memory.
+
+    torch's own fills its mask in the order of the memory, which a compiler changes around
+    convolutions: a graph would then drop other values than the programs it is compared with.
+    """
+
+    def forward(self, h: Tensor) -> Tensor:
+        if not self.training or self.p == 0:
+            return h
+        kept = torch.rand(h.shape, device=h.device) >= self.p
+        return torch.where(kept, h / (1 - self.p), 0.0)
+
+
 class _Block(nn.Module):
     """Two convolutions, the second behind the adaptive normalisation, and a residual.
 
@@ -110,7 +124,7 @@ class _Block(nn.Module):
         self.first = nn.Conv2d(inputs, outputs, 3, padding=1)
         self.norm = group_norm(outputs, affine=False)
         self.modulation = Modulation(condition_dim, 2 * outputs)
-        self.dropout = nn.Dropout(dropout)
+        self.dropout = _Dropout(dropout)
         self.second = nn.Conv2d(outputs, outputs, 3, padding=1)
         zero_(self.second)
         self.skip = nn.Conv2d(inputs, outputs, 1) if inputs != outputs else nn.Identity()
