@@ -101,22 +101,28 @@ def speed(record: Record) -> str:
         base = seconds["yardstick"]
         user, package, graph = TARGETS[name]
         other = numpyro_ratio(record, seconds, name, "yardstick")
-        compiled = seconds["compiled"] / base
-        half = seconds.get("compiled bfloat16")  # older records have none
-        rows.append(
-            [
-                name,
-                describe(SIZES[name]),
-                milliseconds(base),
-                ratio(seconds["yardstick compiled"] / base),
-                ratio(seconds["user"] / base, user),
-                ratio(seconds["package"] / base, package),
-                ratio(compiled, graph),
-                ratio(other),
-                ratio(None if other is None else compiled / other),
-                ratio(None if half is None else half / base),
-            ]
-        )
+        shown = [
+            (name, describe(SIZES[name]), milliseconds(base), seconds["yardstick compiled"], "")
+        ]
+        if "compiled dropping" in seconds:
+            shown.append((f"{name}, `drop_empty_rows`", "", "", None, " dropping"))
+        for called, words, by_hand, by_compiler, suffix in shown:
+            compiled = seconds[f"compiled{suffix}"] / base
+            half = seconds.get(f"compiled bfloat16{suffix}")  # older records have none
+            rows.append(
+                [
+                    called,
+                    words,
+                    by_hand,
+                    "" if by_compiler is None else ratio(by_compiler / base),
+                    ratio(seconds[f"user{suffix}"] / base, user),
+                    ratio(seconds[f"package{suffix}"] / base, package),
+                    ratio(compiled, graph),
+                    "" if suffix else ratio(other),
+                    ratio(None if other is None else compiled / other),
+                    ratio(None if half is None else half / base),
+                ]
+            )
     head = ["size", "", "by hand, ms", "by hand, `torch.compile`", "user model (target)"]
     head += ["package (target)", "package, one graph (target)", "NumPyro, jit"]
     head += ["one graph / NumPyro", "one graph, bfloat16"]

@@ -2,8 +2,9 @@
 
 Networks and arithmetic are equal on both sides; variants take turns, and what is printed is the
 ratio of medians over the rounds to the hand-written loop (``hand.py``) as it stands. That loop
-under ``torch.compile``, the whole update as one graph (in bfloat16, too), and the same in NumPyro
-where that is installed, take part. Usage:
+under ``torch.compile``, the whole update as one graph (in bfloat16, too), the same without rows in
+which nothing is masked (``drop_empty_rows``), and NumPyro where that is installed, take part.
+Usage:
 
     python benchmarks/speed.py [--sizes tiny,toy256] [--rounds 30] [--threads 1] [--json FILE]
 
@@ -31,6 +32,8 @@ from torch import Tensor, nn
 
 from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
+
+_GRAPHS = ("compiled", "compiled bfloat16")
 
 
 class Trunk(nn.Module):
@@ -134,23 +137,34 @@ def time_training(name: str, rounds: int) -> dict[str, float]:
     torch.manual_seed(0)
     x_0 = torch.randint(size.vocab_size, (size.batch_size, size.length))
     decoder, encoder = networks(size, process)
-    pairs = [copy.deepcopy((decoder, encoder)) for _ in range(7)]
     prior = models.StandardNormal(size.latent_dim)
-    elbo = MaskedDiffusionELBO(process)
 
-    def programs(pair: tuple[nn.Module, nn.Module]) -> tuple[nn.Module, nn.Module]:
-        return models.VADD(pair[0], prior), guides.AmortizedNormal(pair[1])
+    def pair() -> tuple[nn.Module, nn.Module]:
+        return copy.deepcopy((decoder, encoder))
 
-    user = UserModel(pairs[1][0], size.latent_dim), UserGuide(pairs[1][1])
+    def user() -> tuple[nn.Module, nn.Module]:
+        own = pair()
+        return UserModel(own[0], size.latent_dim), UserGuide(own[1])
+
+    def programs() -> tuple[nn.Module, nn.Module]:
+        own = pair()
+        return models.VADD(own[0], prior), guides.AmortizedNormal(own[1])
+
     variants: dict[str, Callable[[], Any]] = {
-        "yardstick": by_hand(size, pairs[0], x_0),
-        "yardstick compiled": by_hand(size, pairs[5], x_0, compiled=True),
-        "user": program_step(elbo, *user, x_0),
-        "package": program_step(elbo, *programs(pairs[2]), x_0),
-        "compiled": graph_step(elbo, *programs(pairs[3]), x_0),
-        "compiled bfloat16": graph_step(elbo, *programs(pairs[6]), x_0, half=True),
+        "yardstick": by_hand(size, pair(), x_0),
+        "yardstick compiled": by_hand(size, pair(), x_0, compiled=True),
     }
-    other = numpyro_step(size, pairs[4], x_0)
+    for suffix in ("", " dropping"):
+        elbo = MaskedDiffusionELBO(process, drop_empty_rows=bool(suffix))
+        if suffix and elbo.kept_rows.number(len(x_0)) == len(x_0):
+            break  # few are empty
+        variants |= {
+            f"user{suffix}": program_step(elbo, *user(), x_0),
+            f"package{suffix}": program_step(elbo, *programs(), x_0),
+            f"compiled{suffix}": graph_step(elbo, *programs(), x_0),
+            f"compiled bfloat16{suffix}": graph_step(elbo, *programs(), x_0, half=True),
+        }
+    other = numpyro_step(size, pair(), x_0)
     if other is not None:
         variants["numpyro"] = other
     return medians(variants, size.steps, rounds)
@@ -175,7 +189,7 @@ def main() -> int:
         "training": {},
     }
     print(
-        f"{'training step':<14} {'yardstick ms':>13} {'compiled':>9} {'user model':>11} "
+        f"{'training step':<18} {'hand, ms':>9} {'compiled':>9} {'user model':>11} "
         f"{'target':>7} {'package':>8} {'target':>7} {'compiled':>9} {'target':>7} "
         f"{'bfloat16':>9} {'numpyro':>8}"
     )
@@ -186,14 +200,19 @@ def main() -> int:
             results["training"][name] = seconds
             targets = ["-" if t is None else f"{t:.2f}" for t in TARGETS[name]]
             other = f"{seconds['numpyro'] / base:>8.3f}" if "numpyro" in seconds else "       -"
-            print(
-                f"{name:<14} {1e3 * base:>13.3f} {seconds['yardstick compiled'] / base:>9.3f} "
-                f"{seconds['user'] / base:>11.3f} {targets[0]:>7} "
-                f"{seconds['package'] / base:>8.3f} {targets[1]:>7} "
-                f"{seconds['compiled'] / base:>9.3f} {targets[2]:>7} "
-                f"{seconds['compiled bfloat16'] / base:>9.3f} {other}",
-                flush=True,
-            )
+            for suffix in ("", " dropping"):
+                if f"user{suffix}" not in seconds:
+                    continue
+                found = {k: seconds[f"{k}{suffix}"] / base for k in ("user", "package")}
+                graphs = [seconds[f"{k}{suffix}"] / base for k in _GRAPHS]
+                print(
+                    f"{name + suffix:<18} {1e3 * base:>9.3f} "
+                    f"{seconds['yardstick compiled'] / base:>9.3f} "
+                    f"{found['user']:>11.3f} {targets[0]:>7} "
+                    f"{found['package']:>8.3f} {targets[1]:>7} "
+                    f"{graphs[0]:>9.3f} {targets[2]:>7} {graphs[1]:>9.3f} {other}",
+                    flush=True,
+                )
     if arguments.json:
         Path(arguments.json).write_text(json.dumps(results, indent=1) + "\n")
     return 0

@@ -27,7 +27,7 @@ LAYERS = [
     {"times", "distributions", "recorder", "programs", "checkpoints", "metrics", "nn", "plotting"},
     {"finite", "interruption", "locks"},
     {"sites", "chains", "data", "models", "guides", "weights", "batches", "distributed"},
-    {"annealing", "batching", "compiling", "divergences", "estimators", "densities"},
+    {"annealing", "batching", "compiling", "densities", "divergences", "emptiness", "estimators"},
     {"exchange", "quality", "resuming"},
     {"elbo", "orders", "sampling", "stepping", "tempering"},
     {"compiled", "integration", "scoring"},

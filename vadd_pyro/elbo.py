@@ -50,6 +50,7 @@ from torch import Tensor
 from vadd_pyro.annealing import LinearAnnealing
 from vadd_pyro.chains import check_chain
 from vadd_pyro.densities import RowTerms, mean_terms, score
+from vadd_pyro.emptiness import KeptRows
 from vadd_pyro.estimators import DoublyReparameterized, check_estimator
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 from vadd_pyro.programs import (
@@ -118,6 +119,9 @@ class MaskedDiffusionELBO(ELBO):
         free_bits: nats of each latent dimension that cost nothing (Kingma et al. 2016), a
             dimension being given up to that much before its KL counts; whole sites, or all that
             is estimated by draws, are compared with as much for each of their dimensions.
+        drop_empty_rows: give the programs only rows that have targets (the others' terms are zero)
+            and few others, a number that is the same for all batches of a size: at small ``D`` up
+            to a third less work. For programs that keep nothing of their own for each row.
         least_time: the model's, if it does without its latent in steps from earlier times, and the
             guide is the prior there: all that is masked is scored, the same in expectation as what
             the step reveals.
@@ -146,6 +150,7 @@ class MaskedDiffusionELBO(ELBO):
         doubly_reparameterized: bool = False,
         renyi_alpha: float | None = None,
         free_bits: float = 0.0,
+        drop_empty_rows: bool = False,
         least_time: float = 0.0,
         vectorize_particles: bool = True,
         closed_form_kl: bool = True,
@@ -194,6 +199,8 @@ class MaskedDiffusionELBO(ELBO):
         self.renyi_alpha = renyi_alpha
         self.free_bits = free_bits
         self.least_time = check_least_time(least_time, times, free_bits)
+        law = process, times, objective == "chain", self.least_time
+        self.kept_rows = KeptRows(*law, drop=drop_empty_rows)
         self.vectorize_particles = vectorize_particles
         self.closed_form_kl = closed_form_kl
         self.row_plates = max_plate_nesting
@@ -227,6 +234,11 @@ class MaskedDiffusionELBO(ELBO):
         return draw_batch(
             self.times, self.process, x_0, self.objective == "chain", self.least_time
         )
+
+    def _masked(self, x_0: Tensor | MaskedBatch, further: Any) -> MaskedBatch:
+        if isinstance(x_0, MaskedBatch):
+            return x_0
+        return self.kept_rows(self.draw(x_0), further)
 
     def score(
         self, model: StepProgram, guide: StepProgram, batch: MaskedBatch, *args: Any, **kwargs: Any
@@ -332,7 +344,7 @@ class MaskedDiffusionELBO(ELBO):
         **kwargs: Any,
     ) -> LossTerms:
         """Loss of a batch with its parts, all summed over rows: see :class:`LossTerms`."""
-        batch = x_0 if isinstance(x_0, MaskedBatch) else self.draw(x_0)
+        batch = self._masked(x_0, args or kwargs)
         row = self.score(model, guide, batch, *args, **kwargs)
         loss = row.loss(batch.weight)
         total_kl = (row.kl if batch.weight is None else row.kl * batch.weight).sum()
@@ -362,7 +374,7 @@ class MaskedDiffusionELBO(ELBO):
             check_store(model, guide)
             check_least_times(self.least_time, model, guide)
             self._checked = (model, guide)
-        batch = x_0 if isinstance(x_0, MaskedBatch) else self.draw(x_0)
+        batch = self._masked(x_0, args or kwargs)
         loss = self.score(model, guide, batch, *args, **kwargs).loss(batch.weight)
         if loss.requires_grad:
             self.iteration += 1

@@ -137,14 +137,8 @@ class Run:
     def rate(self, base: float) -> float:
         """Scheduled step size."""
         c = self.configuration
-        return scheduled_rate(
-            self.iteration,
-            base,
-            c["warmup"],
-            c["num_iterations"],
-            c["decay"],
-            c["final_learning_rate"],
-        )
+        names = "warmup", "num_iterations", "decay", "final_learning_rate"
+        return scheduled_rate(self.iteration, base, *(c[name] for name in names))
 
     def step(self) -> None:
         """One update."""
@@ -177,11 +171,15 @@ class Run:
             found = update(x_0, self.elbo.current_kl_weight(), self._average_weight())
             if found.finite:
                 return found.loss, found.kl
-            # The graph has left the weights as they were. The programs say what is to blame.
+            # The weights are as they were. The programs say what is to blame: they themselves, or
+            # that more rows have targets than the graph is for.
             update.rewind()
             self._check_weights()
+            before = self.elbo.kept_rows.exceeded
             self._differentiate(x_0)
             update.rewind()
+            if any(self.processes.gather(self.elbo.kept_rows.exceeded > before)):
+                return self._eager_step(x_0)
             reason = (
                 f"its loss is {found.loss:.6g} and the norm of its gradient {found.norm:.6g}, "
                 "where the programs give numbers"

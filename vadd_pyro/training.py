@@ -115,6 +115,8 @@ def _fingerprint(elbo: MaskedDiffusionELBO) -> str:
         parts.append(f"free_bits={float(elbo.free_bits)!r}")
     if elbo.least_time:
         parts.append(f"least_time={elbo.least_time!r}")
+    if elbo.kept_rows.drop:
+        parts.append("drop_empty_rows")
     return repr(tuple(parts))
 
 

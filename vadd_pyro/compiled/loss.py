@@ -79,7 +79,11 @@ class CompiledLoss(nn.Module):
         call = self._calls[key]
         if call is None:
             return self.loss(x_0)
+        random = random_state() if self.loss.elbo.kept_rows.drop else None
         result = call(x_0)
+        if random is not None and not result.isfinite():  # more rows, maybe, than the graph is for
+            restore_random_state(random)
+            return self.loss(x_0)
         self.loss.elbo.iteration += 1
         return result
 

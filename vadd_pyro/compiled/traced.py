@@ -146,7 +146,8 @@ class TracedLoss:
         with torch.enable_grad():
             leaves = {n: p.detach().requires_grad_() for n, p in parameters.items()}
             told = kl_weight if self.told else None
-            with _replaced(self.programs, self.parameters, leaves):
+            places = _replaced(self.programs, self.parameters, leaves)
+            with self.elbo.kept_rows.in_graph(), places:
                 terms = self.programs(x_0, told, self.half)
             loss = terms.loss / len(x_0)
             gradients = torch.autograd.grad(loss, list(leaves.values()), allow_unused=True)

@@ -1,0 +1,176 @@
+"""Rows without targets, left out before the programs run."""
+
+from __future__ import annotations
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from conftest import small_pair
+
+from vadd_pyro import CompiledLoss, MaskedDiffusionELBO, MaskingProcess, fit
+from vadd_pyro.emptiness import KeptRows
+from vadd_pyro.times import BalancedTimes, GridTimes, UniformTimes
+
+PROCESS = MaskingProcess(3, 2)
+X = torch.randint(3, (256, 2), generator=torch.Generator().manual_seed(0))
+OPTIONS: dict[str, Any] = dict(
+    batch_size=64, progress=False, log_every=1, monitor_every=None, learning_rate=0.01
+)
+
+
+def pair(prior: str = "standard_normal") -> tuple[Any, Any]:
+    torch.manual_seed(1)
+    return small_pair(prior, PROCESS)
+
+
+def elbo(objective: str = "delbo", drop: bool = True, **options: Any) -> MaskedDiffusionELBO:
+    return MaskedDiffusionELBO(PROCESS, objective, drop_empty_rows=drop, **options)
+
+
+def differentiated(loss: Any, model: Any) -> list[torch.Tensor]:
+    model.zero_grad(set_to_none=True)
+    torch.manual_seed(3)
+    value = loss(X)
+    value.backward()
+    return [value.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
+
+
+@pytest.mark.parametrize("prior", ["none", "categorical"])
+@pytest.mark.parametrize(("objective", "steps"), [("delbo", None), ("chain", 5)])
+def test_loss_and_gradient_are_those_of_all_rows(prior, objective, steps):
+    model, guide = pair(prior)  # nothing is drawn but times and masks, so they are equal
+    found = [
+        differentiated(elbo(objective, drop, num_steps=steps)(model, guide), model)
+        for drop in (False, True)
+    ]
+    for one, other in zip(*found, strict=True):
+        assert torch.allclose(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_with_a_drawn_latent_they_are_so_on_average():
+    model, guide = pair()
+    means = []
+    for drop in (False, True):
+        torch.manual_seed(5)
+        loss = elbo(drop=drop)
+        values = torch.tensor([loss.loss(model, guide, X) for _ in range(200)]) / len(X)
+        means.append((values.mean(), values.std() / len(values) ** 0.5))
+    (one, error), (other, own) = means
+    assert (one - other).abs() < 4 * (error**2 + own**2).sqrt()
+
+
+def test_programs_see_all_rows_with_targets_and_few_others():
+    rows = elbo().kept_rows
+    seen = []
+    for seed in range(50):
+        torch.manual_seed(seed)
+        batch = elbo(drop=False).draw(X)
+        kept = rows(batch)
+        assert len(kept) == rows.number(len(X))
+        active = batch.target.any(-1)
+        number = int(active.sum())
+        seen.append(number)
+        for name in ("x_0", "x_t", "t", "weight", "target", "masked"):
+            assert getattr(kept, name)[:number].equal(getattr(batch, name)[active]), name
+        assert not kept.target[number:].any()
+    # A third of the rows has nothing masked, and times are spread evenly.
+    assert max(seen) < rows.number(len(X)) < 0.76 * len(X)
+    assert rows.exceeded == 0
+
+
+@pytest.mark.parametrize(
+    ("process", "times"),
+    [
+        (MaskingProcess(3, 64), UniformTimes()),
+        (PROCESS, UniformTimes(True)),
+        (PROCESS, BalancedTimes()),
+    ],
+)
+def test_where_few_rows_are_empty_all_are_taken(process, times):
+    assert KeptRows(process, times).number(100) == 100
+
+
+def test_most_rows_of_a_long_chain_are_empty():
+    rows = KeptRows(PROCESS, GridTimes(20), steps=True)
+    assert rows.number(1000) < 150
+    assert rows.number(2) == 2
+
+
+def test_the_number_leaves_the_random_numbers_alone():
+    torch.manual_seed(0)
+    before = torch.get_rng_state()
+    KeptRows(PROCESS, UniformTimes()).number(300)
+    assert torch.get_rng_state().equal(before)
+
+
+def test_a_batch_with_more_is_taken_whole(monkeypatch):
+    monkeypatch.setattr(KeptRows, "number", lambda self, rows: rows // 4)
+    loss = elbo()
+    batch = loss.draw(X)
+    assert loss.kept_rows(batch) is batch
+    assert loss.kept_rows.exceeded == 1
+    with loss.kept_rows.in_graph():
+        kept = loss.kept_rows(batch)
+    assert len(kept) == len(X) // 4
+    assert kept.weight.isnan().all()
+
+
+def test_further_arguments_would_not_fit():
+    model, guide = pair()
+    with pytest.raises(ValueError, match="drop_empty_rows=True gives the programs fewer rows"):
+        elbo()(model, guide)(X, torch.zeros(len(X)))
+
+
+@pytest.mark.parametrize("number", [None, 44])
+def test_a_compiled_run_drops_the_same_rows(number, monkeypatch):
+    """Of 64 rows 43 +- 3 have something masked: with room for 44, the programs take over in many
+    an update.
+    """
+    if number is not None:
+        monkeypatch.setattr(KeptRows, "number", lambda self, rows: min(rows, number))
+    runs = []
+    for compiled in (False, True):
+        model, guide = pair()
+        loss = elbo()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error", RuntimeWarning)
+            history = fit(model, guide, loss, X, 30, **OPTIONS, compile=compiled)
+        weights = torch.cat([p.detach().flatten() for p in model.parameters()])
+        runs.append((history.loss, weights))
+        assert (loss.kept_rows.exceeded > 0) == (number is not None)
+    assert runs[1][0] == pytest.approx(runs[0][0], rel=1e-4)
+    assert (runs[0][1] - runs[1][1]).abs().max() < 1e-3
+
+
+def test_the_module_form_takes_all_rows_where_there_are_more(monkeypatch):
+    monkeypatch.setattr(KeptRows, "number", lambda self, rows: min(rows, 174))
+    model, guide = pair()
+    loss = elbo()(model, guide)
+    compiled = CompiledLoss(loss)
+    kept = loss.elbo.kept_rows
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", RuntimeWarning)
+        compiled(X)
+        for seed in range(20):
+            found = []
+            for form in (loss, compiled):
+                loss.elbo.iteration = 0
+                found.append(differentiated(lambda x, f=form, s=seed: _seeded(f, x, s), model))
+            for one, other in zip(*found, strict=True):
+                assert torch.allclose(one, other, rtol=1e-3, atol=1e-3)
+    assert 0 < kept.exceeded < 40  # 171 +- 6 rows have targets
+
+
+def _seeded(loss: Any, x: torch.Tensor, seed: int) -> torch.Tensor:
+    torch.manual_seed(seed)
+    return loss(x)
+
+
+def test_a_run_does_not_go_on_with_another_number_of_rows(tmp_path):
+    path = tmp_path / "run.pt"
+    model, guide = pair()
+    fit(model, guide, elbo(drop=False), X, 2, checkpoint=path, **OPTIONS)
+    with pytest.raises(ValueError, match="belongs to another run"):
+        fit(model, guide, elbo(), X, 2, checkpoint=path, resume=True, **OPTIONS)
