@@ -2,16 +2,23 @@
 
 from __future__ import annotations
 
+import gc
 import warnings
+import weakref
 from typing import Any
 
+import numpy as np
+import pyro
+import pyro.distributions as dist
 import pytest
 import torch
 from conftest import small_pair
 
 from vadd_pyro import CompiledLoss, MaskedDiffusionELBO, MaskingProcess, fit
-from vadd_pyro.emptiness import KeptRows
-from vadd_pyro.times import BalancedTimes, GridTimes, UniformTimes
+from vadd_pyro.checkpoints import restore_random_state
+from vadd_pyro.compiled.traced import TracedLoss
+from vadd_pyro.emptiness import DrawLaw, KeptRows
+from vadd_pyro.times import AtomTimes, BalancedTimes, GridTimes, UniformTimes
 
 PROCESS = MaskingProcess(3, 2)
 X = torch.randint(3, (256, 2), generator=torch.Generator().manual_seed(0))
@@ -62,13 +69,13 @@ def test_with_a_drawn_latent_they_are_so_on_average():
 
 
 def test_programs_see_all_rows_with_targets_and_few_others():
-    rows = elbo().kept_rows
-    seen = []
+    loss, seen = elbo(), []
+    rows, room = loss.kept_rows, loss.kept_rows.number(loss.law, X)
     for seed in range(50):
         torch.manual_seed(seed)
         batch = elbo(drop=False).draw(X)
-        kept = rows(batch)
-        assert len(kept) == rows.number(len(X))
+        kept = rows(batch, loss.law)
+        assert len(kept) == room
         active = batch.target.any(-1)
         number = int(active.sum())
         seen.append(number)
@@ -76,7 +83,7 @@ def test_programs_see_all_rows_with_targets_and_few_others():
             assert getattr(kept, name)[:number].equal(getattr(batch, name)[active]), name
         assert not kept.target[number:].any()
     # A third of the rows has nothing masked, and times are spread evenly.
-    assert max(seen) < rows.number(len(X)) < 0.76 * len(X)
+    assert max(seen) < room < 0.76 * len(X)
     assert rows.exceeded == 0
 
 
@@ -89,30 +96,55 @@ def test_programs_see_all_rows_with_targets_and_few_others():
     ],
 )
 def test_where_few_rows_are_empty_all_are_taken(process, times):
-    assert KeptRows(process, times).number(100) == 100
+    rows = torch.zeros(100, process.length, dtype=torch.long)
+    assert KeptRows(True).number(DrawLaw(times, process), rows) == 100
 
 
 def test_most_rows_of_a_long_chain_are_empty():
-    rows = KeptRows(PROCESS, GridTimes(20), steps=True)
-    assert rows.number(1000) < 150
-    assert rows.number(2) == 2
+    law, rows = DrawLaw(GridTimes(20), PROCESS, steps=True), KeptRows(True)
+    assert rows.number(law, torch.zeros(1000, 2, dtype=torch.long)) < 150
+    assert rows.number(law, X[:2]) == 2
+    assert KeptRows(False).number(law, X) == len(X)
 
 
-def test_the_number_leaves_the_random_numbers_alone():
+def test_the_number_is_found_without_a_trace():
+    class Counting(UniformTimes):
+        calls = 0
+
+        def draw(self, *args):
+            self.calls += 1
+            np.random.rand()
+            return super().draw(*args)
+
+    times = Counting()
+    np.random.seed(0)
     torch.manual_seed(0)
-    before = torch.get_rng_state()
-    KeptRows(PROCESS, UniformTimes()).number(300)
-    assert torch.get_rng_state().equal(before)
+    before = torch.get_rng_state(), np.random.get_state()[1].tolist()
+    KeptRows(True).number(DrawLaw(times, PROCESS), X)
+    assert torch.get_rng_state().equal(before[0])
+    assert np.random.get_state()[1].tolist() == before[1]
+    assert times.calls == 0
+
+
+def test_another_law_has_another_number():
+    loss = elbo()
+    first = loss.kept_rows.number(loss.law, X)
+    loss.times = AtomTimes(0.5)
+    assert first < loss.kept_rows.number(loss.law, X) < len(X)
+    rows = weakref.ref(loss.kept_rows)
+    del loss
+    gc.collect()
+    assert rows() is None
 
 
 def test_a_batch_with_more_is_taken_whole(monkeypatch):
-    monkeypatch.setattr(KeptRows, "number", lambda self, rows: rows // 4)
+    monkeypatch.setattr(KeptRows, "number", lambda self, law, x_0: len(x_0) // 4)
     loss = elbo()
     batch = loss.draw(X)
-    assert loss.kept_rows(batch) is batch
+    assert loss.kept_rows(batch, loss.law) is batch
     assert loss.kept_rows.exceeded == 1
     with loss.kept_rows.in_graph():
-        kept = loss.kept_rows(batch)
+        kept = loss.kept_rows(batch, loss.law)
     assert len(kept) == len(X) // 4
     assert kept.weight.isnan().all()
 
@@ -123,13 +155,52 @@ def test_further_arguments_would_not_fit():
         elbo()(model, guide)(X, torch.zeros(len(X)))
 
 
+def test_plates_and_scales_would_not_fit():
+    class Part(torch.nn.Module):
+        def __init__(self, program):
+            super().__init__()
+            self.program = program
+
+        def forward(self, batch):
+            with pyro.plate("data", 1000, subsample_size=len(batch)):
+                z = pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+                logits = self.program.decoder(batch.x_t, z, batch.t)
+                law = dist.Categorical(logits=logits).mask(batch.target).to_event(1)
+                pyro.sample("x_0", law, obs=batch.x_0)
+
+    class Guess(torch.nn.Module):
+        def forward(self, batch):
+            with pyro.plate("data", 1000, subsample_size=len(batch)):
+                pyro.sample("z", dist.Normal(torch.zeros(2), 1.0).to_event(1))
+
+    model = Part(pair()[0])
+    elbo(drop=False).loss(model, Guess(), X)
+    with pytest.raises(ValueError, match=r"'z' stands in the plate 'data' of 1\d\d of 1000 rows"):
+        elbo().loss(model, Guess(), X)
+
+
+def test_a_graph_is_compared_on_a_batch_that_it_takes(monkeypatch):
+    monkeypatch.setattr(KeptRows, "number", lambda self, law, x_0: min(len(x_0), 168))
+    model, guide = pair()
+    loss = elbo()
+    traced = TracedLoss(loss, model, guide)
+    for seed in range(10):
+        torch.manual_seed(seed)
+        random, found = traced.reference(X)
+        before = loss.kept_rows.exceeded
+        restore_random_state(random)
+        assert traced.eager(X).loss == found.loss
+        assert loss.kept_rows.exceeded == before
+    assert loss.kept_rows.exceeded > 0
+
+
 @pytest.mark.parametrize("number", [None, 44])
 def test_a_compiled_run_drops_the_same_rows(number, monkeypatch):
     """Of 64 rows 43 +- 3 have something masked: with room for 44, the programs take over in many
     an update.
     """
     if number is not None:
-        monkeypatch.setattr(KeptRows, "number", lambda self, rows: min(rows, number))
+        monkeypatch.setattr(KeptRows, "number", lambda self, law, x_0: min(len(x_0), number))
     runs = []
     for compiled in (False, True):
         model, guide = pair()
@@ -145,7 +216,7 @@ def test_a_compiled_run_drops_the_same_rows(number, monkeypatch):
 
 
 def test_the_module_form_takes_all_rows_where_there_are_more(monkeypatch):
-    monkeypatch.setattr(KeptRows, "number", lambda self, rows: min(rows, 174))
+    monkeypatch.setattr(KeptRows, "number", lambda self, law, x_0: min(len(x_0), 174))
     model, guide = pair()
     loss = elbo()(model, guide)
     compiled = CompiledLoss(loss)

@@ -50,7 +50,7 @@ from torch import Tensor
 from vadd_pyro.annealing import LinearAnnealing
 from vadd_pyro.chains import check_chain
 from vadd_pyro.densities import RowTerms, mean_terms, score
-from vadd_pyro.emptiness import KeptRows
+from vadd_pyro.emptiness import DrawLaw, KeptRows
 from vadd_pyro.estimators import DoublyReparameterized, check_estimator
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 from vadd_pyro.programs import (
@@ -62,13 +62,12 @@ from vadd_pyro.programs import (
     register_parameters,
 )
 from vadd_pyro.recorder import Recorder, asks_for_enumeration, run
-from vadd_pyro.sites import PARTICLES, check_fit, check_pair, check_tokens_site
+from vadd_pyro.sites import PARTICLES, check_fit, check_pair, check_tokens_site, check_whole
 from vadd_pyro.times import (
     GridTimes,
     TimeDistribution,
     UniformTimes,
     check_least_time,
-    draw_batch,
 )
 
 __all__ = ["LinearAnnealing", "LossTerms", "MaskedDiffusionELBO"]
@@ -119,9 +118,9 @@ class MaskedDiffusionELBO(ELBO):
         free_bits: nats of each latent dimension that cost nothing (Kingma et al. 2016), a
             dimension being given up to that much before its KL counts; whole sites, or all that
             is estimated by draws, are compared with as much for each of their dimensions.
-        drop_empty_rows: give the programs only rows that have targets (the others' terms are zero)
-            and few others, a number that is the same for all batches of a size: at small ``D`` up
-            to a third less work. For programs that keep nothing of their own for each row.
+        drop_empty_rows: give the programs rows that have targets and few others, as many in all
+            batches of a size: a third less work at ``D = 2``. For programs whose rows know neither
+            of each other nor of their number (:mod:`vadd_pyro.emptiness`).
         least_time: the model's, if it does without its latent in steps from earlier times, and the
             guide is the prior there: all that is masked is scored, the same in expectation as what
             the step reveals.
@@ -199,8 +198,7 @@ class MaskedDiffusionELBO(ELBO):
         self.renyi_alpha = renyi_alpha
         self.free_bits = free_bits
         self.least_time = check_least_time(least_time, times, free_bits)
-        law = process, times, objective == "chain", self.least_time
-        self.kept_rows = KeptRows(*law, drop=drop_empty_rows)
+        self.kept_rows = KeptRows(drop_empty_rows)
         self.vectorize_particles = vectorize_particles
         self.closed_form_kl = closed_form_kl
         self.row_plates = max_plate_nesting
@@ -231,14 +229,16 @@ class MaskedDiffusionELBO(ELBO):
         x_0 = self.process.check_tokens(
             x_0, values=is_validation_enabled() if check is None else check
         )
-        return draw_batch(
-            self.times, self.process, x_0, self.objective == "chain", self.least_time
-        )
+        return self.law.draw(x_0)
+
+    @property
+    def law(self) -> DrawLaw:
+        return DrawLaw(self.times, self.process, self.objective == "chain", self.least_time)
 
     def _masked(self, x_0: Tensor | MaskedBatch, further: Any) -> MaskedBatch:
         if isinstance(x_0, MaskedBatch):
             return x_0
-        return self.kept_rows(self.draw(x_0), further)
+        return self.kept_rows(self.draw(x_0), self.law, further)
 
     def score(
         self, model: StepProgram, guide: StepProgram, batch: MaskedBatch, *args: Any, **kwargs: Any
@@ -333,6 +333,8 @@ class MaskedDiffusionELBO(ELBO):
         )
         check_pair(inferred, generated)
         check_tokens_site(generated, self.process.vocab_size)
+        if self.kept_rows.drop:
+            check_whole(inferred, generated)
         return inferred, generated
 
     def terms(

@@ -98,6 +98,24 @@ def check_tokens_site(model: Recorder, vocab_size: int) -> None:
     check_vocabulary(token_logits(site.fn), vocab_size)
 
 
+def check_whole(*programs: Recorder) -> None:
+    """Check that no plate stands for more rows than a batch has: it would be scaled by those that
+    are left of them.
+
+    Raises:
+        ValueError: naming the site and its plate.
+    """
+    for program in programs:
+        for site in program.sites.values():
+            for frame in site.frames:
+                if getattr(frame, "full_size", None) not in (None, frame.size):
+                    raise ValueError(
+                        f"site {site.name!r} stands in the plate {frame.name!r} of {frame.size} "
+                        f"of {frame.full_size} rows, which drop_empty_rows=True would count "
+                        "without those that it leaves out: leave it False"
+                    )
+
+
 def check_fit(guide: Recorder, msg: dict[str, Any]) -> None:
     """Check that the guide's value can be one of the model's site, before the model meets it.
 

@@ -31,8 +31,10 @@ __all__ = [
     "compile_graph",
     "first_line",
     "own_draws",
+    "rewind",
     "sum_in_full",
     "sum_once",
+    "torch_generators",
 ]
 
 _LOOKS = {
@@ -193,6 +195,23 @@ def sum_in_full(graph: GraphModule) -> None:
         node.kwargs = {**node.kwargs, "dtype": torch.float32}
         node.meta["val"] = node.meta["val"].float()
     graph.recompile()
+
+
+Generators = tuple[Tensor, Tensor | None, torch.device]
+
+
+def torch_generators(device: torch.device) -> Generators:
+    """State of the generators that a graph draws on: that of the CPU, and the device's own."""
+    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
+    return torch.get_rng_state(), own, device
+
+
+def rewind(generators: Generators) -> None:
+    """Put them back to a state from :func:`torch_generators`."""
+    on_cpu, on_device, device = generators
+    torch.set_rng_state(on_cpu)
+    if on_device is not None:
+        torch.cuda.set_rng_state(on_device, device)
 
 
 def own_draws(device: torch.device) -> dict[str, bool]:

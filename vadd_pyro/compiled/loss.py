@@ -12,7 +12,13 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from vadd_pyro.checkpoints import random_state, restore_random_state
-from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
+from vadd_pyro.compiled.graphs import (
+    NotOneGraphError,
+    capture,
+    compile_graph,
+    rewind,
+    torch_generators,
+)
 from vadd_pyro.compiled.products import choose_products
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss, check_agreement
 from vadd_pyro.elbo import MaskedDiffusionELBO
@@ -79,10 +85,10 @@ class CompiledLoss(nn.Module):
         call = self._calls[key]
         if call is None:
             return self.loss(x_0)
-        random = random_state() if self.loss.elbo.kept_rows.drop else None
+        random = torch_generators(x_0.device) if self.loss.elbo.kept_rows.drop else None
         result = call(x_0)
         if random is not None and not result.isfinite():  # more rows, maybe, than the graph is for
-            restore_random_state(random)
+            rewind(random)
             return self.loss(x_0)
         self.loss.elbo.iteration += 1
         return result
@@ -109,8 +115,8 @@ class CompiledLoss(nn.Module):
         random = random_state()
         try:
             loss = TracedLoss(elbo, self.loss.model, self.loss.guide)
-            reference = loss.eager(x_0)
-            restore_random_state(random)
+            used, reference = loss.reference(x_0)
+            restore_random_state(used)
             call = _Call(loss, reference, x_0)
         except NotOneGraphError as error:
             warnings.warn(f"the loss runs uncompiled: {error}", RuntimeWarning, stacklevel=3)

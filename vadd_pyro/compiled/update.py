@@ -27,7 +27,13 @@ from torch import Tensor
 from vadd_pyro.checkpoints import random_state, restore_random_state
 from vadd_pyro.compiled.adam import MOMENTS, VectorAdam, is_plain_adam, shares_of
 from vadd_pyro.compiled.comparison import RECHECKS, Comparison
-from vadd_pyro.compiled.graphs import NotOneGraphError, capture, compile_graph
+from vadd_pyro.compiled.graphs import (
+    NotOneGraphError,
+    capture,
+    compile_graph,
+    rewind,
+    torch_generators,
+)
 from vadd_pyro.compiled.layout import Layout
 from vadd_pyro.compiled.products import choose_products
 from vadd_pyro.compiled.traced import Differentiated, TracedLoss
@@ -312,7 +318,7 @@ class Update:
             kl_weight: ``lambda``.
             average: weight of the new values in their average.
         """
-        self._random = _generators(x_0.device)
+        self._random = torch_generators(x_0.device)
         x_0 = x_0.contiguous()
         numbers = self._numbers(kl_weight, average)
         if self._num_parts == 1:
@@ -343,10 +349,7 @@ class Update:
 
     def rewind(self) -> None:
         """Put torch's random numbers back to before the last update, which found no numbers."""
-        on_cpu, on_device, device = self._random
-        torch.set_rng_state(on_cpu)
-        if on_device is not None:
-            torch.cuda.set_rng_state(on_device, device)
+        rewind(self._random)
 
     def _mean(self, x_0: Tensor, numbers: Tensor) -> Tensor:
         """Gradient, loss and KL, means over the parts of all processes."""
@@ -359,9 +362,3 @@ class Update:
             loss, kl = told[self.layout.size : self.layout.size + 2].tolist()
             self.exchange(told, loss, kl)
         return told
-
-
-def _generators(device: torch.device) -> tuple[Tensor, Tensor | None, torch.device]:
-    """State of the generators that a graph draws on: that of the CPU, and the device's own."""
-    own = torch.cuda.get_rng_state(device) if device.type == "cuda" else None
-    return torch.get_rng_state(), own, device

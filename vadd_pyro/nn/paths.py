@@ -106,7 +106,7 @@ class _Dropout(nn.Dropout):
     def forward(self, h: Tensor) -> Tensor:
         if not self.training or self.p == 0:
             return h
-        kept = torch.rand(h.shape, device=h.device) >= self.p
+        kept = torch.rand(h.shape, device=h.device, dtype=torch.float32) >= self.p
         return torch.where(kept, h / (1 - self.p), 0.0)
 
 
