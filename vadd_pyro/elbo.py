@@ -63,12 +63,7 @@ from vadd_pyro.programs import (
 )
 from vadd_pyro.recorder import Recorder, asks_for_enumeration, run
 from vadd_pyro.sites import PARTICLES, check_fit, check_pair, check_tokens_site, check_whole
-from vadd_pyro.times import (
-    GridTimes,
-    TimeDistribution,
-    UniformTimes,
-    check_least_time,
-)
+from vadd_pyro.times import GridTimes, TimeDistribution, UniformTimes, check_least_time
 
 __all__ = ["LinearAnnealing", "LossTerms", "MaskedDiffusionELBO"]
 
@@ -233,6 +228,7 @@ class MaskedDiffusionELBO(ELBO):
 
     @property
     def law(self) -> DrawLaw:
+        """How it masks clean rows."""
         return DrawLaw(self.times, self.process, self.objective == "chain", self.least_time)
 
     def _masked(self, x_0: Tensor | MaskedBatch, further: Any) -> MaskedBatch:

@@ -19,6 +19,7 @@ from vadd_pyro.programs import modules_of
 
 __all__ = ["Differentiated", "TracedLoss", "check_agreement"]
 
+_BATCHES = 20  # tried, for one that has no more rows with targets than the graph is for
 # Of losses and gradients of one batch and the same random numbers; sums in another order.
 _TOLERANCE = {torch.float64: 1e-8, torch.float32: 1e-3}
 _HALF_TOLERANCE = 0.05
@@ -26,7 +27,6 @@ _HALF_TOLERANCE = 0.05
 # of a rectifier counts for one side or the other, and a sum that cancels is left with what
 # rounding leaves of its terms.
 _OWN, _ROUNDING = 10.0, 0.01
-_BATCHES = 20  # tried, for one that has no more rows with targets than the graph is for
 _KNOWN = 3.0  # times what rounding is known to do,
 _LOST = 0.9  # but no gradient may be lost
 
