@@ -66,7 +66,7 @@ def codes(num_codes: int, width: int, num_iterations: int, latent_dim: int = 8) 
 
 def mdm(process: MaskingProcess) -> Pair:
     """No latent."""
-    return build("none", process)
+    return build("none", "auto", process)
 
 
 def distances(model: Any, process: MaskingProcess, density: TokenDistribution) -> dict[str, Any]:

@@ -356,3 +356,22 @@ def test_the_table_for_gpus_runs_on_a_processor_and_is_refused_without_a_gpu(ben
     refused = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert refused.returncode == 2
     assert "no CUDA device is there" in refused.stderr
+
+
+# ---------------------------------------------------------------------------------- the results
+
+
+def test_every_model_of_the_results_can_be_made(bench, monkeypatch):
+    quality = bench("quality")
+
+    def made(density, x_0, recipes, *further, **options):
+        process = density.process()
+        for make in recipes.values():
+            pair = make(process)
+            assert math.isfinite(MaskedDiffusionELBO(process).loss(*pair[:2], x_0[:4]))
+        return list(recipes)
+
+    monkeypatch.setattr(quality, "measured", made)
+    names = [name for run in quality.EXPERIMENTS.values() for name in run(0)]
+    assert names.count("MDM") == 1
+    assert names.count("VADD, codes") == len(quality.EXPERIMENTS)
