@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
 
-_GRAPHS = ("compiled", "compiled bfloat16")
+_PROGRAMS = ("user", "package", "compiled", "compiled bfloat16")
 
 
 class Trunk(nn.Module):
@@ -203,14 +203,12 @@ def main() -> int:
             for suffix in ("", " dropping"):
                 if f"user{suffix}" not in seconds:
                     continue
-                found = {k: seconds[f"{k}{suffix}"] / base for k in ("user", "package")}
-                graphs = [seconds[f"{k}{suffix}"] / base for k in _GRAPHS]
+                user, package, graph, half = (seconds[k + suffix] / base for k in _PROGRAMS)
                 print(
                     f"{name + suffix:<18} {1e3 * base:>9.3f} "
                     f"{seconds['yardstick compiled'] / base:>9.3f} "
-                    f"{found['user']:>11.3f} {targets[0]:>7} "
-                    f"{found['package']:>8.3f} {targets[1]:>7} "
-                    f"{graphs[0]:>9.3f} {targets[2]:>7} {graphs[1]:>9.3f} {other}",
+                    f"{user:>11.3f} {targets[0]:>7} {package:>8.3f} {targets[1]:>7} "
+                    f"{graph:>9.3f} {targets[2]:>7} {half:>9.3f} {other}",
                     flush=True,
                 )
     if arguments.json:
