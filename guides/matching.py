@@ -8,6 +8,7 @@ prior's site             families, the default first
 ======================== ==============================================================
 ``"z"``, real vectors    ``mean_field``, ``low_rank``, ``full``, ``mixture``, ``flow``,
                          ``semi_amortized``; ``relative`` to a diagonal normal
+                         or a mixture of them
 ``"z"``, unit vectors    ``spherical``
 ``"z"``, one code        ``none`` (summed out exactly), ``enumerate``, ``score``
 ``"z"``, several codes   ``none`` up to 4,096 combinations, ``score``, ``enumerate``
@@ -30,7 +31,13 @@ from pyro.distributions import constraints
 from torch import nn
 from torch.distributions import biject_to
 
-from vadd_pyro.distributions import CodeCategorical, CodeChain, DiagonalNormal, OneHotCodes
+from vadd_pyro.distributions import (
+    CodeCategorical,
+    CodeChain,
+    DiagonalNormal,
+    NormalMixture,
+    OneHotCodes,
+)
 from vadd_pyro.guides.categorical import AmortizedCategorical, AmortizedCodes
 from vadd_pyro.guides.flow import AmortizedFlow
 from vadd_pyro.guides.hierarchical import AmortizedHierarchical
@@ -108,7 +115,8 @@ def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
         if support is constraints.sphere:
             return ("spherical",) if site.name == "z" else ()
         if _is_real(law) and len(law.event_shape) == 1 and site.name == "z":
-            return (*_REAL, "relative") if isinstance(law, DiagonalNormal) else _REAL
+            normals = isinstance(law, DiagonalNormal | NormalMixture)
+            return (*_REAL, "relative") if normals else _REAL
     discrete = [bool(getattr(site.fn, "has_enumerate_support", False)) for site in sites]
     if all(discrete):
         return ("none",)

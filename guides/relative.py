@@ -1,4 +1,4 @@
-r"""A normal guide told relative to a normal prior: what is inferred is what the targets add.
+r"""A guide told relative to a prior of normals: what is inferred is what the targets add.
 
 With the prior's :math:`p(z \mid x_t, t) = N(m, s^2)` in every coordinate, it is the prior times a
 normal factor with as much power as there are targets among the masked positions,
@@ -13,6 +13,11 @@ so that ``b`` is the shift of the mean in the prior's units where all that is ma
 likelihood of part of the positions has about that part of the evidence, so a step that reveals
 little hardly moves the prior, whatever the network says. A guide that writes mean and scale by
 itself must learn that for every state, and what it misses costs a KL at each of T steps.
+
+A mixture of normals times such a factor is a mixture again, whose weights say which components
+agree with it; ``m`` and ``s`` are then mean and standard deviation of the whole prior. So the
+guide has as many modes as its prior where the targets do not decide between them, and is the prior
+where there are none.
 
 References:
     Sønderby et al. 2016, "Ladder Variational Autoencoders" (arXiv 1602.02282), for the product of
@@ -29,7 +34,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import softplus
 
-from vadd_pyro.distributions import DiagonalNormal
+from vadd_pyro.distributions import DiagonalNormal, NormalMixture
 from vadd_pyro.guides.features import Features, Head
 from vadd_pyro.process import MaskedBatch, check_size, check_time
 from vadd_pyro.programs import Program, check_callable
@@ -40,14 +45,17 @@ _START = 2.0  # of tau before softplus: the decoder must find something in z fro
 
 
 class RelativeNormal(Program):
-    """Samples ``"z"`` from a diagonal normal told relative to that of the prior.
+    """Samples ``"z"`` from a diagonal normal told relative to that of the prior, or from a mixture
+    of them.
 
     Args:
         features: recognition features, such as :class:`vadd_pyro.nn.MLPFeatures`.
         latent_dim: size ``d`` of ``z``.
         prior: the model's prior, which gives a :class:`~vadd_pyro.distributions.DiagonalNormal`,
             such as :class:`vadd_pyro.models.StandardNormal` or
-            :class:`vadd_pyro.models.ConditionalNormal`. Its parameters are shared with the model
+            :class:`vadd_pyro.models.ConditionalNormal`, or a
+            :class:`~vadd_pyro.distributions.NormalMixture`, such as
+            :class:`vadd_pyro.models.MixtureOfNormals`. Its parameters are shared with the model
             and trained by both; :func:`vadd_pyro.fit_guide` takes ``copy.deepcopy(guide)``, which
             has its own.
         least_time: the model's, if it does without the latent in steps from earlier times: there
@@ -78,13 +86,24 @@ class RelativeNormal(Program):
         share = batch.target.sum(-1, keepdim=True) / masked
         if self.least_time > 0:
             share = share * (batch.t >= self.least_time).unsqueeze(-1)
-        precision = 1 + share * tau
         with pyro.plate("data", len(batch), dim=-1):
-            law = self.prior(batch)
-            if not isinstance(law, DiagonalNormal):
-                raise TypeError(
-                    "RelativeNormal needs a prior that returns a DiagonalNormal, got "
-                    f"{type(law).__name__}"
-                )
-            z_loc = law.loc + law.scale * (share * shift * (1 + tau) / precision)
-            return pyro.sample("z", DiagonalNormal(z_loc, law.scale * precision.rsqrt()))
+            law = _times_factor(self.prior(batch), share * shift * (1 + tau), share * tau)
+            return pyro.sample("z", law)
+
+
+def _times_factor(law: Any, slope: Tensor, curvature: Tensor) -> DiagonalNormal | NormalMixture:
+    r"""The prior times :math:`\exp(\text{slope}\, u - \frac12 \text{curvature}\, u^2)`, ``u``
+    the latent in the prior's units.
+    """
+    if isinstance(law, DiagonalNormal):
+        precision = 1 + curvature
+        z_loc = law.loc + law.scale * (slope / precision)
+        return DiagonalNormal(z_loc, law.scale * precision.rsqrt())
+    if isinstance(law, NormalMixture):
+        variance = law.variance
+        curvature = curvature / variance
+        return law.tilted(slope * variance.rsqrt() + curvature * law.mean, curvature)
+    raise TypeError(
+        "RelativeNormal needs a prior that returns a DiagonalNormal or a NormalMixture, got "
+        f"{type(law).__name__}"
+    )

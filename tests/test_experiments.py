@@ -10,7 +10,14 @@ import numpy as np
 import pytest
 import torch
 
-from vadd_pyro import data, exact_distribution, experiments, log_likelihood_bound, sample
+from vadd_pyro import (
+    data,
+    exact_distribution,
+    experiments,
+    log_likelihood_bound,
+    models,
+    sample,
+)
 from vadd_pyro.checkpoints import read_json, write_json
 from vadd_pyro.cli import main
 from vadd_pyro.experiments import commands, drawing, report, training
@@ -183,6 +190,85 @@ def test_a_run_whose_latent_is_that_of_the_first_step_alone(folder, tmp_path):
         table(folder, model="mdm", **options), tmp_path / "mdm", progress=False
     )
     assert not hasattr(mdm.model, "least_time")
+
+
+def refitted(folder, **options) -> Settings:
+    return table(
+        folder,
+        prior="standard_normal",
+        guide="relative",
+        latent_dim=2,
+        least_time=1.0,
+        times="few_step",
+        refit_prior=True,
+        **options,
+    )
+
+
+def test_a_run_whose_prior_is_refitted(folder, tmp_path):
+    settings = refitted(folder, num_iterations=200)
+    run = experiments.train(settings, tmp_path / "run", progress=False)
+    plain = experiments.train(
+        replace(settings, refit_prior=False), tmp_path / "plain", progress=False
+    )
+    # What was trained before is not changed by it.
+    for name, value in plain.model.decoder.state_dict().items():
+        assert torch.equal(value, run.model.decoder.state_dict()[name]), name
+    again = experiments.load(tmp_path / "run")
+    for mine, theirs in ((run.model, again.model), (run.guide, again.guide)):
+        assert isinstance(theirs.prior, models.MixtureOfNormals)
+        for name, value in mine.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[name]), name
+    assert list(again.seconds) == ["prior", "model", "guide"]
+    assert again.title == "bits, VADD, N(0, I) refitted"
+    found = read_json(tmp_path / "run" / "history.json")["prior"]
+    assert max(found["held_out"].values()) > found["before"]
+    told = report.latents(tmp_path / "run")
+    assert "its prior is a mixture of" in told
+    assert f"({found['before']:.2f} before)" in told
+    bounds = [
+        float(
+            log_likelihood_bound(r.model, r.guide, r.process, r.data.rows("test"), 1, seed=0)[
+                0
+            ].mean()
+        )
+        for r in (run, plain)
+    ]
+    assert bounds[0] > bounds[1] - 0.05
+
+
+def test_a_refitted_prior_asks_for_the_first_step_alone_and_its_guide(folder, tmp_path):
+    with pytest.raises(ValueError, match=r"refit_prior needs least_time = 1.*got least_time = 0"):
+        replace(refitted(folder), least_time=0.5)
+    with pytest.raises(ValueError, match=r"refit_prior needs.*and guide 'auto'"):
+        replace(refitted(folder), guide="auto")
+    with pytest.raises(ValueError, match="refit_prior must be true or false, got 1"):
+        replace(refitted(folder), refit_prior=1)
+    # A model without latent has no prior, and another prior than the preset's is left as it is.
+    mdm = replace(refitted(folder, num_iterations=2), model="mdm", guide="auto")
+    assert experiments.train(mdm, tmp_path / "mdm", progress=False).title == "bits, MDM"
+    assert preset("digits").refit_prior
+    assert not preset("digits", prior="conditional_categorical").refit_prior
+
+
+@pytest.mark.parametrize("fails_in", ["fit_prior", "fit_guide"])
+def test_a_killed_run_keeps_the_prior_that_it_had_fitted(folder, tmp_path, monkeypatch, fails_in):
+    settings = refitted(folder)
+    whole = experiments.train(settings, tmp_path / "whole", progress=False)
+
+    def killed(*args, **options):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(training, fails_in, killed)
+    with pytest.raises(KeyboardInterrupt):
+        experiments.train(settings, tmp_path / "killed", progress=False)
+    monkeypatch.undo()
+    if fails_in == "fit_guide":
+        monkeypatch.setattr(training, "fit_prior", killed)  # it is not fitted again
+    resumed = experiments.train(settings, tmp_path / "killed", progress=False)
+    for mine, theirs in ((whole.model, resumed.model), (whole.guide, resumed.guide)):
+        for name, value in mine.state_dict().items():
+            assert torch.equal(value, theirs.state_dict()[name]), name
 
 
 @pytest.mark.parametrize("fails_in", ["fit", "fit_guide"])

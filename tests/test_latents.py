@@ -590,11 +590,82 @@ def test_relative_normal_is_the_prior_times_a_power_of_one_factor(share):
         torch.testing.assert_close((r.loc - p.loc) / p.scale, shift)
 
 
+def mixture_prior(context=None) -> models.MixtureOfNormals:
+    torch.manual_seed(5)
+    prior = models.MixtureOfNormals(2, 4, context=context)
+    torch.nn.init.normal_(prior.logits.value)
+    torch.nn.init.uniform_(prior.z_raw, -2, 1)
+    if context is not None:
+        torch.nn.init.normal_(prior.logits.shift.weight)
+    return prior
+
+
+@pytest.mark.parametrize("share", [0.5, 1.0])
+@pytest.mark.parametrize("conditional", [False, True])
+def test_relative_to_a_mixture_is_the_mixture_times_a_power_of_one_factor(conditional, share):
+    context = StateFeatures(PROCESS, **SIZES) if conditional else None
+    prior = mixture_prior(context)
+    _, guide = relative_pair(prior)
+    batch = chain_batch(share)
+    r = trace(guide).get_trace(batch).nodes["z"]["fn"]
+    assert isinstance(r, NormalMixture)
+    p = prior(batch)
+    shift, raw = guide.head(batch).chunk(2, -1)
+    tau = torch.nn.functional.softplus(raw)
+    z = 3 * torch.randn(50, 1, 2)
+    u = (z - p.mean) / p.variance.sqrt()
+    factor = share * (shift * (1 + tau) * u - tau * u.square() / 2).sum(-1)
+    rest = r.log_prob(z) - p.log_prob(z) - factor
+    torch.testing.assert_close(rest, rest[:1].expand_as(rest), rtol=1e-3, atol=1e-3)
+
+
+def test_relative_to_a_mixture_of_one_normal_is_relative_to_the_normal():
+    mixture, prior = models.MixtureOfNormals(2, 1), models.LearnedNormal(2)
+    with torch.no_grad():
+        prior.z_loc.value.copy_(torch.tensor([0.5, -1.0]))
+        prior.z_raw.value.copy_(torch.tensor([0.1, 2.0]))
+        mixture.z_loc.copy_(prior.z_loc.value)
+        mixture.z_raw.copy_(prior.z_raw.value)
+    (_, one), (_, other) = relative_pair(mixture), relative_pair(prior)
+    other.head.load_state_dict(one.head.state_dict())
+    first, second = (
+        trace(guide).get_trace(chain_batch(0.5)).nodes["z"]["fn"] for guide in (one, other)
+    )
+    torch.testing.assert_close(first.loc[:, 0], second.loc)
+    torch.testing.assert_close(first.scale[:, 0], second.scale)
+
+
 def test_relative_normal_is_the_prior_where_nothing_is_a_target():
     _, guide = relative_pair(models.StandardNormal(2))
     r = trace(guide).get_trace(chain_batch(0.0)).nodes["z"]["fn"]
     assert (r.loc == 0).all()
     assert (r.scale == 1).all()
+    prior = mixture_prior()
+    _, guide = relative_pair(prior)
+    batch = chain_batch(0.0)
+    z = torch.randn(len(batch), 2)
+    r = trace(guide).get_trace(batch).nodes["z"]["fn"]
+    torch.testing.assert_close(r.log_prob(z), prior(batch).log_prob(z))
+
+
+def test_a_tilted_mixture_is_normalised_and_carries_gradients():
+    torch.manual_seed(0)
+    parameters = torch.randn(3), torch.randn(3, 1), torch.rand(3, 1) + 0.1
+    slope, curvature = torch.randn(5, 1), torch.rand(5, 1) * 4
+    every = [p.double().requires_grad_() for p in (*parameters, slope, curvature)]
+    law = NormalMixture(*every[:3])
+    tilted = law.tilted(*every[3:])
+    z = torch.linspace(-12, 12, 20_001, dtype=torch.double).unsqueeze(-1).unsqueeze(-1)
+    with torch.no_grad():
+        density = law.log_prob(z) + (every[3] * z - 0.5 * every[4] * z.square()).sum(-1)
+        mass = torch.trapezoid(density.exp(), z[:, 0].expand(-1, 5), dim=0)
+        found = tilted.log_prob(z)
+    torch.testing.assert_close(found, density - mass.log(), rtol=1e-6, atol=1e-6)
+
+    def log_density(*tensors):
+        return NormalMixture(*tensors[:3]).tilted(*tensors[3:]).log_prob(z[:3].detach() + 0.3)
+
+    assert torch.autograd.gradcheck(log_density, every)
 
 
 def test_relative_normal_trains_with_its_model_and_its_copy_alone():
@@ -833,6 +904,7 @@ def test_least_time_is_a_time_and_a_time_alone():
 def test_relative_normal_is_offered_where_it_fits_and_refused_where_it_does_not():
     features = MLPFeatures(PROCESS, **SIZES)
     assert "relative" in guides.families_for(models.StandardNormal(2), features)
+    assert "relative" in guides.families_for(mixture_prior(), features)
     assert "relative" not in guides.families_for(models.StudentT(2), features)
     found = guides.for_prior(models.StandardNormal(2), features, "relative")
     assert isinstance(found, guides.RelativeNormal)

@@ -32,7 +32,7 @@ LAYERS = [
     {"elbo", "orders", "sampling", "stepping", "tempering"},
     {"compiled", "integration", "scoring"},
     {"chain", "exact", "grids", "infilling", "information", "likelihood", "monitor", "trainer"},
-    {"inspection", "training", "one_token"},
+    {"inspection", "refitting", "training", "one_token"},
     {"demo", "cells", "compare", "panels", "report", "runs", "zoo"},
     {"experiments"},
     {"cli_experiments"},

@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from vadd_pyro.one_token import one_token_bound
     from vadd_pyro.process import MaskedBatch, MaskingProcess
     from vadd_pyro.programs import Program
+    from vadd_pyro.refitting import PriorFit, fit_prior
     from vadd_pyro.sampling import sample
     from vadd_pyro.schedules import (
         CosineSchedule,
@@ -76,6 +77,7 @@ __all__ = [
     "NonFiniteLossError",
     "PartTargets",
     "PolynomialSchedule",
+    "PriorFit",
     "Program",
     "Schedule",
     "StepAnnealing",
@@ -90,6 +92,7 @@ __all__ = [
     "exact_distributions",
     "fit",
     "fit_guide",
+    "fit_prior",
     "guides",
     "infill",
     "inspection",
@@ -127,6 +130,7 @@ _NAMES = {
     "one_token": ("one_token_bound",),
     "process": ("MaskedBatch", "MaskingProcess"),
     "programs": ("Program",),
+    "refitting": ("PriorFit", "fit_prior"),
     "sampling": ("sample",),
     "schedules": (
         "CosineSchedule",

@@ -154,3 +154,24 @@ class NormalMixture(TorchDistribution):
     def tempered(self, temperature: float) -> NormalMixture:
         """The same mixture with the scales of its components multiplied."""
         return NormalMixture(self.logits, self.loc, self.scale * temperature, validate_args=False)
+
+    def tilted(self, slope: Tensor, curvature: Tensor) -> NormalMixture:
+        r"""The law proportional to :math:`p(z) \exp(a^\top z - \frac12 \sum_j b_j z_j^2)`, a
+        mixture again: each component times the factor, and weighted by how well they agree.
+
+        Args:
+            slope: ``a``, ``(..., d)``.
+            curvature: ``b``, ``(..., d)``, not negative.
+        """
+        slope, curvature = slope.unsqueeze(-2), curvature.unsqueeze(-2)
+        variance = self.scale.square()
+        narrowing = 1 + variance * curvature
+        pull = slope - curvature * self.loc
+        agreement = self.loc * (slope - 0.5 * curvature * self.loc)
+        agreement = agreement + 0.5 * (variance * pull.square() / narrowing - narrowing.log())
+        return NormalMixture(
+            self.logits + agreement.sum(-1),
+            self.loc + variance * pull / narrowing,
+            self.scale * narrowing.rsqrt(),
+            validate_args=False,
+        )

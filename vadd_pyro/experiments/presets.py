@@ -103,6 +103,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "latent_dim": 8,
             "sizes": {"hidden_dim": 256, "num_blocks": 2, "dropout": 0.4, "local_dim": 16},
             "least_time": 1.0,
+            "refit_prior": True,
             "num_iterations": 1000,
             "num_chain_iterations": 200,
             "num_guide_iterations": 100,
@@ -115,6 +116,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
         "laptop": {
             **_IMAGES,
             "least_time": 1.0,
+            "refit_prior": True,
             "num_iterations": 15_000,
             "steps": (1, 2, 4, 8, 16, 32, *(64,) * 10),
         },
@@ -193,6 +195,7 @@ def preset(
         values["sizes"] = dict(sizes or {})
     if settings.get("prior", values["prior"]) != values["prior"] and "guide" not in settings:
         values["guide"] = "auto"  # the preset's fits the preset's prior
+        values["refit_prior"] = False
     if model == "mdm":
         # As the baseline does best: what spares a latent collapse costs it at many steps. It is
         # trained for as many updates.

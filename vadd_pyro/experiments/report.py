@@ -54,8 +54,8 @@ class _Value(NamedTuple):
 
 
 def latents(folder: str | Path) -> str | None:
-    """What the latents of a run carried when they were last looked at, in a line; None for a run
-    without latents, or if nobody looked.
+    """What the latents of a run carried when they were last looked at, in a line, and in another
+    what a prior that was fitted to them is; None for a run without latents, or if nobody looked.
 
     Args:
         folder: of the run; its ``history.json`` is read.
@@ -74,11 +74,20 @@ def latents(folder: str | Path) -> str | None:
     told = f"{carried:.2f} nats of a row where all is masked, {units} in use"
     if carried >= USED:
         # Estimated from few rows, it is at most the logarithm of their number.
-        return f"its latents tell at least {told} (their KL is {kl:.2f} nats)"
+        line = f"its latents tell at least {told} (their KL is {kl:.2f} nats)"
+        return line + _refitted(stages["prior"]) if "prior" in stages else line
     return (
         f"its latents have collapsed: they tell {told}, and a model without them would do as "
         "well. Try codes (--prior conditional_categorical, for text conditional_chain), "
         "--set free_bits=0.1, or a longer --set annealing"
+    )
+
+
+def _refitted(found: dict[str, Any]) -> str:
+    size, density = max(found["held_out"].items(), key=lambda item: item[1])
+    return (
+        f"\nits prior is a mixture of {size} normals fitted to them: latents of validation rows "
+        f"have a log-density of {density:.2f} nats ({found['before']:.2f} before)"
     )
 
 

@@ -35,6 +35,9 @@ class Settings:
         num_iterations: updates by the DELBO.
         num_chain_iterations: updates by the T-step bounds of ``steps`` after these, which train
             model and guide on the targets that samplers meet.
+        refit_prior: before those of the guide, put a mixture of normals that is fitted to the
+            posteriors in the prior's place (:func:`vadd_pyro.fit_prior`); needs ``least_time = 1``
+            and the guide ``"relative"``. Ignored for ``"mdm"``.
         num_guide_iterations: updates of the guide alone by the same bounds at the end, the model
             held fixed.
         steps: numbers of steps ``T`` of these bounds; one named twice is drawn twice as often.
@@ -69,6 +72,7 @@ class Settings:
     times: str = "few_step"
     num_iterations: int = 3000
     num_chain_iterations: int = 0
+    refit_prior: bool = False
     num_guide_iterations: int = 600
     steps: tuple[int, ...] = (1, 2, 4, 8, 16)
     batch_size: int = 256
@@ -93,8 +97,9 @@ class Settings:
                 raise ValueError(
                     f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}"
                 )
-        if not isinstance(self.compile, bool):
-            raise ValueError(f"compile must be true or false, got {self.compile!r}")
+        for name in ("compile", "refit_prior"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name} must be true or false, got {getattr(self, name)!r}")
         for name in ("prior", "guide", "times"):
             if not isinstance(getattr(self, name), str):
                 raise ValueError(f"{name} must be a name, got {getattr(self, name)!r}")
@@ -111,6 +116,12 @@ class Settings:
         check("guides", self.guide)
         check("times", self.times)
         check_time("least_time", self.least_time)
+        if self.refits_prior and (self.least_time < 1 or self.guide != "relative"):
+            raise ValueError(
+                "refit_prior needs least_time = 1, for posteriors are looked at in the first step "
+                "alone, and guide 'relative', which takes another prior as it is; got least_time "
+                f"= {self.least_time} and guide {self.guide!r}"
+            )
         for name in ("latent_dim", "num_codes", "num_iterations", "batch_size"):
             check_size(name, getattr(self, name))
         for name in ("num_chain_iterations", "num_guide_iterations", "warmup", "seed"):
@@ -153,16 +164,22 @@ class Settings:
         """Names of the settings that differ from stored ones."""
         own = self.to_dict()
         # What did not exist yet when a run was made was as it is now by default.
-        unsaid = {"compile": False, "free_bits": 0.0, "least_time": 0.0}
+        unsaid = {"compile": False, "free_bits": 0.0, "least_time": 0.0, "refit_prior": False}
         known = {**unsaid, **other}
         return [name for name in own if own[name] != known.get(name, object())]
+
+    @property
+    def refits_prior(self) -> bool:
+        """Whether there is a prior, and it is fitted to the posteriors in the end."""
+        return self.refit_prior and self.model == "vadd"
 
     @property
     def title(self) -> str:
         """What tables and figures call the model."""
         if self.model == "mdm":
             return "MDM"
-        return f"VADD, {PRIORS.get(self.prior, self.prior)}"
+        prior = PRIORS.get(self.prior, self.prior)
+        return f"VADD, {prior} refitted" if self.refit_prior else f"VADD, {prior}"
 
 
 def _plain(value: Any) -> Any:

@@ -22,6 +22,7 @@ from vadd_pyro.checkpoints import load_checkpoint, read_json, save_checkpoint
 from vadd_pyro.data import DataSet
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.experiments.settings import Settings
+from vadd_pyro.models import MixtureOfNormals
 from vadd_pyro.nn.networks import make_networks
 from vadd_pyro.process import MaskingProcess
 from vadd_pyro.runs import FILE, restore, state_of
@@ -36,6 +37,7 @@ __all__ = [
     "load",
     "load_data",
     "load_settings",
+    "replace_prior",
     "save",
 ]
 
@@ -139,6 +141,12 @@ def build(settings: Settings, data: DataSet, device: str | None = None) -> zoo.P
     return pair
 
 
+def replace_prior(pair: zoo.Pair, prior: MixtureOfNormals) -> None:
+    """Give a model, and its guide that is told relative to the prior, another one."""
+    place = next(iter(pair.guide.parameters())).device
+    pair.model.prior = pair.guide.prior = prior.to(place)
+
+
 def _check_kept(pair: zoo.Pair, elbo: MaskedDiffusionELBO, row: Tensor) -> None:
     """Check that all that is trained belongs to modules, which a run folder keeps."""
     if not isinstance(pair.guide, nn.Module):
@@ -173,13 +181,15 @@ def save(
     seconds: dict[str, float],
 ) -> Experiment:
     """Write ``run.pt`` whole, and return what it holds."""
-    content = {
+    content: dict[str, Any] = {
         "settings": settings.to_dict(),
         "data": data.describe(),
         "seconds": seconds,
         "model": state_of(model),
         "guide": state_of(guide),
     }
+    if settings.refits_prior:
+        content["num_components"] = len(model.prior.z_loc)
     save_checkpoint(Path(folder) / FILE, content)
     return Experiment(settings, data, model, guide, data.process(), seconds)
 
@@ -251,6 +261,8 @@ def load(folder: str | Path, path: str | None = None, device: str | None = None)
     data = load_data(settings, path)
     data.check_same(content["data"])
     pair = build(settings, data, device)
+    if settings.refits_prior:
+        replace_prior(pair, MixtureOfNormals(settings.latent_dim, content["num_components"]))
     # A guide that was refitted may hold a prior of its own beside the model's.
     guide = copy.deepcopy(pair.guide)
     restore(pair.model, content["model"], file, "model")

@@ -2,7 +2,8 @@
 
 1. ``model.pt``: model and guide by the DELBO;
 2. ``chain.pt``: both by T-step bounds, if asked for;
-3. ``guide.pt``: a copy of the guide by T-step bounds, the model held fixed.
+3. ``prior.pt``: a mixture of normals fitted to the posteriors, in the prior's place, if asked for;
+4. ``guide.pt``: a copy of the guide by T-step bounds, the model held fixed.
 
 Each is the checkpoint of its stage. ``run.pt`` holds the result.
 """
@@ -10,6 +11,7 @@ Each is the checkpoint of its stage. ``run.pt`` holds the result.
 from __future__ import annotations
 
 import copy
+import time
 from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
@@ -19,13 +21,28 @@ import torch
 from torch import Tensor
 
 from vadd_pyro.annealing import LinearAnnealing
-from vadd_pyro.checkpoints import check_writable, remove_stale, write_json
+from vadd_pyro.checkpoints import (
+    check_writable,
+    load_checkpoint,
+    remove_stale,
+    save_checkpoint,
+    write_json,
+)
 from vadd_pyro.data import DataSet
 from vadd_pyro.distributed import Processes
 from vadd_pyro.elbo import MaskedDiffusionELBO
 from vadd_pyro.experiments.settings import Settings
-from vadd_pyro.experiments.store import Experiment, build, check_folder, load_data, save
+from vadd_pyro.experiments.store import (
+    Experiment,
+    build,
+    check_folder,
+    load_data,
+    replace_prior,
+    save,
+)
 from vadd_pyro.locks import locked_folder
+from vadd_pyro.models import MixtureOfNormals
+from vadd_pyro.refitting import fit_prior
 from vadd_pyro.times import GridTimes
 from vadd_pyro.training import History, fit, fit_guide
 from vadd_pyro.zoo import Pair, times_named
@@ -125,9 +142,13 @@ def _train(
     processes = Processes.current()
     model, guide = pair.model, pair.guide
     histories = {}
+    found: dict[str, Any] = {}
+    seconds: dict[str, float] = {}
     for number, stage in enumerate(_stages(settings, data)):
         of_guide = stage.fit is fit_guide
         if of_guide:
+            if settings.refits_prior:
+                found["prior"], seconds["prior"] = _refit(settings, data, pair, folder)
             guide = copy.deepcopy(guide)
         if not stage.num_iterations or (of_guide and not _has_parameters(guide)):
             continue
@@ -154,13 +175,44 @@ def _train(
             progress=progress,
             description=f"{data.name}, {settings.title}, {stage.name}",
         )
-    seconds = {name: history.seconds[-1] for name, history in histories.items()}
+    seconds |= {name: history.seconds[-1] for name, history in histories.items()}
     with processes.together():
         if processes.first:
-            found = {name: history.to_dict() for name, history in histories.items()}
+            found |= {name: history.to_dict() for name, history in histories.items()}
             write_json(folder / "history.json", found)
             save(folder, settings, data, model, guide, seconds)
     return Experiment(settings, data, model, guide, data.process(), seconds)
+
+
+def _refit(
+    settings: Settings, data: DataSet, pair: Pair, folder: Path
+) -> tuple[dict[str, Any], float]:
+    """Replace the prior by one that is fitted to the posteriors; by what was found when that was
+    done before, if it was. Returns log-densities of held-out draws, and the seconds it took.
+    """
+
+    def fitted() -> dict[str, Any]:
+        file = folder / "prior.pt"
+        if file.exists():
+            return load_checkpoint(file)
+        begun = time.monotonic()
+        rows, held_out = data.rows("train"), data.rows("valid")
+        fit = fit_prior(pair.model, pair.guide, data.process(), rows, held_out, seed=settings.seed)
+        content = {
+            "weights": {name: value.cpu() for name, value in fit.prior.state_dict().items()},
+            "before": fit.before,
+            "held_out": {str(size): value for size, value in fit.held_out.items()},
+            "seconds": time.monotonic() - begun,
+        }
+        save_checkpoint(file, content)
+        return content
+
+    content = Processes.current().by_first(fitted)
+    weights = content["weights"]
+    prior = MixtureOfNormals(settings.latent_dim, len(weights["z_loc"]))
+    prior.load_state_dict(weights)
+    replace_prior(pair, prior)
+    return {name: content[name] for name in ("before", "held_out")}, content["seconds"]
 
 
 def _has_parameters(guide: Any) -> bool:
