@@ -1,6 +1,7 @@
 """Step programs and priors, ready to use and short enough to copy."""
 
 from vadd_pyro.models.priors import (
+    AtStart,
     Categorical,
     Chain,
     ConditionalNormal,
@@ -20,6 +21,7 @@ from vadd_pyro.models.vadd import MDM, VADD
 __all__ = [
     "MDM",
     "VADD",
+    "AtStart",
     "Categorical",
     "Chain",
     "ConditionalNormal",

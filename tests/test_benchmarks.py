@@ -375,3 +375,22 @@ def test_every_model_of_the_results_can_be_made(bench, monkeypatch):
     names = [name for run in quality.EXPERIMENTS.values() for name in run(0)]
     assert names.count("MDM") == 1
     assert names.count("VADD, codes") == len(quality.EXPERIMENTS)
+
+
+def test_the_normal_prior_of_the_results_is_measured_before_and_after_it_is_refitted(
+    bench, monkeypatch
+):
+    quality = bench("quality")
+    monkeypatch.setattr(quality, "train", lambda *_, **__: 1.0)
+    density = quality.data.toy("circles", vocab_size=8)
+    seen = []
+
+    def scores(model, process):
+        seen.append(model.prior)
+        return {"js_1": 0.0}
+
+    rows = quality.measured(
+        density, density.sample(400, seed=0), {quality.NORMAL: quality.normal}, 0, scores
+    )
+    assert [row["model"] for row in rows] == ["VADD, N(0, I)", "VADD, N(0, I) refitted"]
+    assert seen[1].later is seen[0]

@@ -648,6 +648,60 @@ def test_relative_normal_is_the_prior_where_nothing_is_a_target():
     torch.testing.assert_close(r.log_prob(z), prior(batch).log_prob(z))
 
 
+def test_another_prior_where_all_is_masked():
+    prior = models.AtStart(mixture_prior(), models.StandardNormal(2))
+    batch = PROCESS.corrupt(all_rows(3, 2), 0.6)
+    start = batch.masked.all(-1)
+    assert 0 < int(start.sum()) < len(start)
+    z = torch.randn(len(batch), 2)
+    law = prior(batch)
+    expected = torch.where(start, prior.first(batch).log_prob(z), prior.later(batch).log_prob(z))
+    torch.testing.assert_close(law.log_prob(z), expected)
+    law.log_prob(z).sum().backward()
+    found = [p.grad for p in prior.parameters()]
+    assert all(bool(g.isfinite().all()) and bool((g != 0).any()) for g in found)
+    draws = law.rsample((4000,))
+    torch.testing.assert_close(draws[:, ~start].mean((0, 1)), torch.zeros(2), atol=0.05, rtol=0)
+    torch.testing.assert_close(
+        draws[:, start].mean((0, 1)), prior.first(batch).mean, atol=0.15, rtol=0
+    )
+    with torch.no_grad():  # rows that are all in one state share one law
+        assert prior(batch[start]).batch_shape == prior(batch[~start]).batch_shape == ()
+    # The other way round, and told relative to it.
+    swapped = models.AtStart(models.StandardNormal(2), mixture_prior())
+    _, guide = relative_pair(swapped)
+    r = trace(guide).get_trace(replace(batch, target=torch.zeros_like(batch.target)))
+    expected = torch.where(
+        start, swapped.first(batch).log_prob(z), swapped.later(batch).log_prob(z)
+    )
+    torch.testing.assert_close(r.nodes["z"]["fn"].log_prob(z), expected)
+    with pytest.raises(TypeError, match=r"a NormalMixture, got .* from later"):
+        models.AtStart(models.StandardNormal(2), models.StudentT(2))(batch)
+
+
+def test_bounds_and_exact_laws_of_another_prior_where_all_is_masked():
+    torch.manual_seed(2)
+    decoder = MLPDecoder(PROCESS, 2, **SIZES)
+    torch.nn.init.normal_(decoder.head.weight)
+    first, later = mixture_prior(), models.StandardNormal(2)
+    model = models.VADD(decoder, models.AtStart(first, later))
+    law = exact_distribution(model, PROCESS, num_steps=2, num_draws=2**12)
+    assert float(law.sum()) == pytest.approx(1, abs=1e-5)
+    # One step is that of the first prior alone.
+    one = exact_distribution(model, PROCESS, num_steps=1, num_draws=2**12)
+    alone = exact_distribution(models.VADD(decoder, first), PROCESS, 1, num_draws=2**12)
+    torch.testing.assert_close(one, alone, atol=1e-5, rtol=0)
+    guide = guides.RelativeNormal(MLPFeatures(PROCESS, **SIZES), 2, model.prior)
+    bound = log_likelihood_bound(
+        model, guide, PROCESS, all_rows(3, 2), 2, num_particles=500, num_paths=20, seed=0
+    )
+    gap = law.log().flatten() - bound.value
+    assert -0.1 < float(gap.mean()) < 0.2
+    x = sample(model, PROCESS, 20_000, 2, seed=0)
+    share = torch.bincount(3 * x[:, 0] + x[:, 1], minlength=9) / len(x)
+    torch.testing.assert_close(share, law.flatten().float(), atol=0.015, rtol=0)
+
+
 def test_a_tilted_mixture_is_normalised_and_carries_gradients():
     torch.manual_seed(0)
     parameters = torch.randn(3), torch.randn(3, 1), torch.rand(3, 1) + 0.1

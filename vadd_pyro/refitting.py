@@ -42,6 +42,7 @@ __all__ = ["PriorFit", "fit_prior"]
 
 _SIZES = (8, 16, 32, 64, 128, 256)
 _DRAWS = 20_000  # of the posteriors together, about
+_MOST_ROWS = 60_000
 _ROWS = 1000  # at once
 _LEAST_ROWS = 20
 _FLOOR = 1e-4  # least variance of a component
@@ -76,9 +77,10 @@ def fit_prior(
     """Fit a mixture of normals to the posteriors of a trained pair where all is masked.
 
     Model and guide are left as they are; to use it, ``model.prior = found.prior``, and for a
-    :class:`~vadd_pyro.guides.RelativeNormal` ``guide.prior = copy.deepcopy(found.prior)`` too. It
-    is meant for latents that count in the first step (``least_time=1``): posteriors of later steps
-    have another aggregate, which is not looked at.
+    :class:`~vadd_pyro.guides.RelativeNormal` ``guide.prior = copy.deepcopy(found.prior)`` too. A
+    model that uses its latent in later steps as well (``least_time`` below 1) takes
+    ``models.AtStart(found.prior, model.prior)``: their posteriors have another aggregate, which is
+    not looked at.
 
     Args:
         model: has a ``prior`` that samples ``"z"``, a vector of real numbers, such as
@@ -90,7 +92,7 @@ def fit_prior(
             default a tenth of ``data``, which is then not fitted to.
         num_components: the numbers to try, rising; they are tried while held-out draws become more
             likely.
-        num_draws: of each row; by default as many as make 20,000 in all.
+        num_draws: of each row; by default as many as make 20,000 in all, of at most 60,000 rows.
         seed: of draws, of the choice of rows, and of where expectation maximisation starts.
 
     Returns:
@@ -168,6 +170,8 @@ def _check_rows(name: str, rows: Tensor) -> None:
 
 def _draws(guide: Any, process: MaskingProcess, rows: Tensor, num_draws: int | None) -> Tensor:
     """Latents of rows where all is masked, ``(N, d)``."""
+    if num_draws is None and len(rows) > _MOST_ROWS:
+        rows = rows[torch.randperm(len(rows))[:_MOST_ROWS]]
     number = -(-_DRAWS // len(rows)) if num_draws is None else num_draws
     drawn, device = [], device_of(guide, rows.device)
     for piece in rows.split(_ROWS):

@@ -12,9 +12,11 @@ from vadd_pyro.models.priors.hierarchical import Hierarchical
 from vadd_pyro.models.priors.mixture import MixtureOfNormals
 from vadd_pyro.models.priors.normal import ConditionalNormal, LearnedNormal, StandardNormal
 from vadd_pyro.models.priors.spherical import Spherical
+from vadd_pyro.models.priors.start import AtStart
 from vadd_pyro.models.priors.vamp import VampPrior
 
 __all__ = [
+    "AtStart",
     "Categorical",
     "Chain",
     "ConditionalNormal",
