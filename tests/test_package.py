@@ -81,7 +81,8 @@ def test_imports_run_one_way():
             if other in LEVEL:
                 assert LEVEL[other] <= LEVEL[name], f"{path} imports {other}"
             if other in ("models", "guides"):
-                assert name in ("models", "guides", "demo", "zoo"), f"{path} imports {other}"
+                above = ("models", "guides", "demo", "refitting", "zoo", "experiments")
+                assert name in above, f"{path} imports {other}"
         assert not {"models", "guides"} & imported_bare(path), f"{path} imports models bare"
     assert seen == set(LEVEL)
 
