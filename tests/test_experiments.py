@@ -220,6 +220,8 @@ def test_a_run_whose_prior_is_refitted(folder, tmp_path):
         for name, value in mine.state_dict().items():
             assert torch.equal(value, theirs.state_dict()[name]), name
     assert list(again.seconds) == ["prior", "model", "guide"]
+    for name, value in run.model.prior.state_dict().items():  # the guide's is not trained further
+        assert torch.equal(value, run.guide.prior.state_dict()[name]), name
     assert again.title == "bits, VADD, N(0, I) refitted"
     found = read_json(tmp_path / "run" / "history.json")["prior"]
     assert max(found["held_out"].values()) > found["before"]
@@ -244,6 +246,9 @@ def test_a_refitted_prior_asks_for_the_first_step_alone_and_its_guide(folder, tm
         replace(refitted(folder), guide="auto")
     with pytest.raises(ValueError, match="refit_prior must be true or false, got 1"):
         replace(refitted(folder), refit_prior=1)
+    small = replace(load_data(refitted(folder)), valid=load_data(refitted(folder)).valid[:5])
+    with pytest.raises(ValueError, match=r"held_out must have at least 20 rows.* got 5"):
+        build(refitted(folder), small)
     # A model without latent has no prior, and another prior than the preset's is left as it is.
     mdm = replace(refitted(folder, num_iterations=2), model="mdm", guide="auto")
     assert experiments.train(mdm, tmp_path / "mdm", progress=False).title == "bits, MDM"

@@ -38,7 +38,7 @@ from vadd_pyro.programs import evaluation
 from vadd_pyro.recorder import Recorder, run
 from vadd_pyro.sampling import device_of, seeded
 
-__all__ = ["PriorFit", "fit_prior"]
+__all__ = ["PriorFit", "check_fit", "fit_prior"]
 
 _SIZES = (8, 16, 32, 64, 128, 256)
 _DRAWS = 20_000  # of the posteriors together, about
@@ -110,7 +110,7 @@ def fit_prior(
         raise ValueError(f"num_components must rise, at least one of them, got {num_components!r}")
     if num_draws is not None:
         check_size("num_draws", num_draws)
-    law = _law_of(model, process)
+    law = check_fit(model, process)
     data = process.check_tokens(data, "data")
     if held_out is not None:
         held_out = process.check_tokens(held_out, "held_out")
@@ -130,8 +130,21 @@ def fit_prior(
         return PriorFit(_as_prior(best).to(fitted.device), before, found)
 
 
-def _law_of(model: Any, process: MaskingProcess) -> Any:
-    """The model's prior on two rows in which all is masked."""
+def check_fit(model: Any, process: MaskingProcess, num_rows: Sequence[int] = ()) -> Any:
+    """Check before a training that a prior can be fitted in the end.
+
+    Args:
+        model, process: as in :func:`fit_prior`.
+        num_rows: how many rows there will be to fit to and to choose by.
+
+    Returns:
+        The law of the model's prior on two rows in which all is masked.
+
+    Raises:
+        TypeError, ValueError: as :func:`fit_prior` does.
+    """
+    for name, count in zip(("data", "held_out"), num_rows, strict=False):
+        _check_rows(name, count)
     prior = getattr(model, "prior", None)
     if not callable(prior):
         raise TypeError(
@@ -153,18 +166,18 @@ def _law_of(model: Any, process: MaskingProcess) -> Any:
 
 def _divided(data: Tensor, held_out: Tensor | None, seed: int) -> tuple[Tensor, Tensor]:
     """Rows to fit to, and rows to choose by."""
-    _check_rows("data", data)
+    _check_rows("data", len(data))
     if held_out is None:
         order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed))
         held_out, data = data[order].tensor_split([len(data) // 10])
-    _check_rows("held_out", held_out)
+    _check_rows("held_out", len(held_out))
     return data, held_out
 
 
-def _check_rows(name: str, rows: Tensor) -> None:
-    if len(rows) < _LEAST_ROWS:
+def _check_rows(name: str, count: int) -> None:
+    if count < _LEAST_ROWS:
         raise ValueError(
-            f"{name} must have at least {_LEAST_ROWS} rows to fit a prior to, got {len(rows)}"
+            f"{name} must have at least {_LEAST_ROWS} rows to fit a prior to, got {count}"
         )
 
 

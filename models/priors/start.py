@@ -23,7 +23,7 @@ from vadd_pyro.programs import check_callable
 
 __all__ = ["AtStart"]
 
-_NEVER = -1e4  # the log-weight of a component that is not drawn: its exponential is zero
+_NEVER = -1e6  # the log-weight of a component that is not drawn: its exponential is zero
 
 
 class AtStart(nn.Module):

@@ -25,6 +25,7 @@ from vadd_pyro.experiments.settings import Settings
 from vadd_pyro.models import MixtureOfNormals
 from vadd_pyro.nn.networks import make_networks
 from vadd_pyro.process import MaskingProcess
+from vadd_pyro.refitting import check_fit
 from vadd_pyro.runs import FILE, restore, state_of
 from vadd_pyro.weights import NamedParameters, Weights
 
@@ -135,6 +136,8 @@ def build(settings: Settings, data: DataSet, device: str | None = None) -> zoo.P
             least_time=settings.least_time,
         )
         _check_kept(pair, MaskedDiffusionELBO(process), data.rows("train", 1))
+        if settings.refits_prior:
+            check_fit(pair.model, process, (len(data.train), len(data.valid)))
     if device is not None:
         pair.model.to(device)
         pair.guide.to(device)

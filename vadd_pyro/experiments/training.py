@@ -150,6 +150,10 @@ def _train(
             if settings.refits_prior:
                 found["prior"], seconds["prior"] = _refit(settings, data, pair, folder)
             guide = copy.deepcopy(guide)
+            if settings.refits_prior:
+                # It is what it was fitted to be; and draws of a mixture of many dimensions depend
+                # on its parameters so wildly that their gradients are of no use.
+                guide.prior.requires_grad_(False)
         if not stage.num_iterations or (of_guide and not _has_parameters(guide)):
             continue
         histories[stage.name] = stage.fit(
