@@ -151,9 +151,7 @@ def _train(
                 found["prior"], seconds["prior"] = _refit(settings, data, pair, folder)
             guide = copy.deepcopy(guide)
             if settings.refits_prior:
-                # It is what it was fitted to be; and draws of a mixture of many dimensions depend
-                # on its parameters so wildly that their gradients are of no use.
-                guide.prior.requires_grad_(False)
+                guide.prior.requires_grad_(False)  # it is what it was fitted to be
         if not stage.num_iterations or (of_guide and not _has_parameters(guide)):
             continue
         histories[stage.name] = stage.fit(
@@ -170,7 +168,9 @@ def _train(
             ema_decay=settings.ema_decay,
             optimizer=_optimizer(settings, stage.learning_rate),
             precision=settings.precision,
-            compile=settings.compile,
+            # Gradients of draws of a mixture of many dimensions can be so large that a graph,
+            # which rounds otherwise, is not what the programs are.
+            compile=settings.compile and not (of_guide and settings.refits_prior),
             accumulate=accumulate,
             seed=settings.seed,
             checkpoint=folder / f"{stage.name}.pt",
