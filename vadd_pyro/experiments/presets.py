@@ -118,6 +118,7 @@ PRESETS: dict[str, dict[str, dict[str, Any]]] = {
             "least_time": 1.0,
             "refit_prior": True,
             "num_iterations": 15_000,
+            "num_guide_iterations": 400,
             "steps": (1, 2, 4, 8, 16, 32, *(64,) * 10),
         },
         "paper": {**_PAPER_PIXELS, "data_options": {"padded": True}},
