@@ -253,7 +253,36 @@ def test_a_refitted_prior_asks_for_the_first_step_alone_and_its_guide(folder, tm
     mdm = replace(refitted(folder, num_iterations=2), model="mdm", guide="auto")
     assert experiments.train(mdm, tmp_path / "mdm", progress=False).title == "bits, MDM"
     assert preset("digits").refit_prior
-    assert not preset("digits", prior="conditional_categorical").refit_prior
+    for changed in (
+        {"prior": "conditional_categorical"},
+        {"prior": "conditional_categorical", "guide": "auto"},
+        {"prior": "conditional_normal", "guide": "relative"},
+        {"least_time": 0.0},
+        {"least_time": 0.0, "guide": "mean_field"},
+        {"model": "mdm"},
+    ):
+        assert not preset("digits", **changed).refit_prior
+    assert preset("digits", prior="conditional_normal", refit_prior=True).guide == "relative"
+    stored = refitted(folder, num_iterations=2).to_dict()
+    del stored["refit_prior"]  # as runs of before have it
+    assert replace(refitted(folder, num_iterations=2), refit_prior=False).differing(stored) == []
+
+
+def test_a_refitted_prior_of_a_users_own_and_torchs_state(folder, tmp_path, monkeypatch):
+    (tmp_path / "five.py").write_text(
+        "import torch\n"
+        "from vadd_pyro import DiagonalNormal\n"
+        "def five(batch):\n"
+        "    return DiagonalNormal(torch.zeros(5), torch.ones(5))\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    settings = replace(refitted(folder, num_iterations=4), prior="five:five")
+    run = experiments.train(settings, tmp_path / "run", progress=False)
+    state = torch.random.get_rng_state()
+    again = experiments.load(tmp_path / "run")
+    assert torch.equal(torch.random.get_rng_state(), state)
+    assert again.model.prior.z_loc.shape[1] == 5
+    assert torch.equal(run.model.prior.z_loc, again.model.prior.z_loc)
 
 
 @pytest.mark.parametrize("fails_in", ["fit_prior", "fit_guide"])

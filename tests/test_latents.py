@@ -677,6 +677,8 @@ def test_another_prior_where_all_is_masked():
     torch.testing.assert_close(r.nodes["z"]["fn"].log_prob(z), expected)
     with pytest.raises(TypeError, match=r"a NormalMixture, got .* from later"):
         models.AtStart(models.StandardNormal(2), models.StudentT(2))(batch)
+    with pytest.raises(ValueError, match="latents of one size, got 2 and 3"):
+        models.AtStart(models.StandardNormal(2), models.StandardNormal(3))(batch)
 
 
 def test_bounds_and_exact_laws_of_another_prior_where_all_is_masked():
@@ -700,6 +702,11 @@ def test_bounds_and_exact_laws_of_another_prior_where_all_is_masked():
     x = sample(model, PROCESS, 20_000, 2, seed=0)
     share = torch.bincount(3 * x[:, 0] + x[:, 1], minlength=9) / len(x)
     torch.testing.assert_close(share, law.flatten().float(), atol=0.015, rtol=0)
+
+
+def test_the_variance_of_a_narrow_mixture_far_from_zero():
+    law = NormalMixture(torch.zeros(1), torch.full((1, 2), 100.0), torch.full((1, 2), 1e-3))
+    torch.testing.assert_close(law.variance, torch.full((2,), 1e-6))
 
 
 def test_a_tilted_mixture_is_normalised_and_carries_gradients():

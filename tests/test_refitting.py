@@ -136,6 +136,7 @@ def test_sizes_are_tried_until_held_out_draws_are_less_likely(monkeypatch):
         ({"num_components": (4, 2)}, r"num_components must rise.*got \(4, 2\)"),
         ({"num_components": 0}, "num_components must be"),
         ({"num_draws": 0}, "num_draws must be"),
+        ({"seed": -1}, r"seed must lie in \[0, 2\*\*32\), got -1"),
         ({"data": rows(10)}, "data must have at least 20 rows to fit a prior to, got 10"),
         ({"held_out": rows(3)}, "held_out must have at least 20 rows to fit a prior to, got 3"),
         ({"data": rows(100)}, "held_out must have at least 20 rows to fit a prior to, got 10"),
@@ -147,6 +148,64 @@ def test_bad_arguments_are_named(arguments, message):
     options = {"data": rows(300), **arguments}
     with pytest.raises(ValueError, match=message):
         fit_prior(model, guide, PROCESS, **options)
+
+
+def test_rows_that_are_held_out_are_not_fitted_to():
+    model, guide = known_pair()
+    twos = torch.full((300, 4), 2)
+    found = fit_prior(model, guide, PROCESS, rows(300).clamp_max(0), twos, num_components=1)
+    assert found.prior.z_loc[0, 0].item() == pytest.approx(-2, abs=0.1)  # of zeros alone
+    # By default a tenth of the rows is held out, here one that is easily told from the others.
+    order = torch.randperm(300, generator=torch.Generator().manual_seed(0))
+    mixed = torch.zeros(300, 4, dtype=torch.long)
+    mixed[order[:30]] = 2
+    found = fit_prior(model, guide, PROCESS, mixed, num_components=1)
+    assert found.prior.z_loc[0, 0].item() == pytest.approx(-2, abs=0.1)
+    assert found.held_out[1] < -20
+
+
+def test_the_prior_has_the_precision_of_the_posteriors_and_dropout_is_off():
+    model, guide = known_pair()
+    found = fit_prior(model.double(), guide.double(), PROCESS, rows(300), num_components=2)
+    assert found.prior.z_loc.dtype == torch.float64
+
+    class Dropped(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.dropout = nn.Dropout(0.5)
+
+        def forward(self, batch):
+            return DiagonalNormal(self.dropout(torch.full((2,), 3.0)), torch.ones(2))
+
+    decoder = MLPDecoder(PROCESS, 2, **SIZES)
+    befores = {
+        fit_prior(
+            models.VADD(decoder, prior), Known(), PROCESS, rows(300), num_components=1
+        ).before
+        for prior in (Dropped(), Dropped().eval())
+    }
+    assert len(befores) == 1
+
+
+def test_many_rows_are_a_random_choice_of_them(monkeypatch):
+    monkeypatch.setattr(refitting, "_MOST_ROWS", 1000)
+    model, guide = known_pair()
+    data = rows(4000).sort(0).values  # by value, so that the first thousand are alike
+    found = fit_prior(model, guide, PROCESS, data, rows(200, 1), num_components=(3,))
+    assert sorted(found.prior.logits.value.softmax(0).tolist()) == pytest.approx(
+        [0.25, 0.25, 0.5], abs=0.06
+    )
+
+
+def test_guides_whose_draws_cannot_be_fitted_are_refused():
+    model, _ = known_pair()
+    with pytest.raises(ValueError, match="the guide must sample the site 'z'"):
+        fit_prior(model, guides.NoLatent(), PROCESS, rows(300))
+    broken = Known()
+    torch.nn.init.constant_(broken.shift, float("nan"))
+    refused = pytest.raises(ValueError, match=r"draws of 'z' must be finite")
+    with refused, pyro.validation_enabled(False):
+        fit_prior(model, broken, PROCESS, rows(300))
 
 
 def test_priors_whose_place_a_mixture_cannot_take_are_refused():

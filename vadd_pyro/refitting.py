@@ -55,7 +55,8 @@ class PriorFit(NamedTuple):
         prior: the mixture.
         before: mean log-density of held-out draws under the prior that the model had, nats.
         held_out: the same under a mixture of each number of components that was tried. What the
-            best gains on ``before`` is gained by the bound at one step, on rows like these.
+            best gains on ``before`` is gained by the bound at one step with the guide as it is, on
+            rows like these.
     """
 
     prior: MixtureOfNormals
@@ -103,31 +104,36 @@ def fit_prior(
         ValueError: for a prior whose latent is none such, naming its sites; for fewer than 20 rows
             of either kind.
     """
-    sizes = [num_components] if isinstance(num_components, int) else list(num_components)
+    single = not isinstance(num_components, Sequence)
+    sizes: list[Any] = [num_components] if single else list(num_components)  # type: ignore[arg-type]
     for size in sizes:
         check_size("num_components", size)
     if not sizes or sizes != sorted(set(sizes)):
         raise ValueError(f"num_components must rise, at least one of them, got {num_components!r}")
     if num_draws is not None:
         check_size("num_draws", num_draws)
-    law = check_fit(model, process)
+    if not 0 <= seed < 2**32:
+        raise ValueError(f"seed must lie in [0, 2**32), got {seed!r}")
     data = process.check_tokens(data, "data")
     if held_out is not None:
         held_out = process.check_tokens(held_out, "held_out")
     data, held_out = _divided(data, held_out, seed)
-    with seeded(seed), evaluation(guide):
+    with seeded(seed), evaluation(model, guide):
+        law = check_fit(model, process)
         fitted = _draws(guide, process, data, num_draws)
         judged = _draws(guide, process, held_out, num_draws)
         before = float(law.log_prob(judged.unsqueeze(1).expand(-1, 2, -1)).mean())
         z, new = (draws.double().cpu().numpy() for draws in (fitted, judged))
         found: dict[int, float] = {}
         for size in sizes:
-            mixture = _maximised(z, min(size, len(z) // 2), seed)
+            if found and size > len(z) // 2:
+                break
+            mixture = _maximised(z, size, seed)
             found[size] = float(mixture.score(new))
             if found[size] < max(found.values()):
                 break
             best = mixture
-        return PriorFit(_as_prior(best).to(fitted.device), before, found)
+        return PriorFit(_as_prior(best).to(fitted), before, found)
 
 
 def check_fit(model: Any, process: MaskingProcess, num_rows: Sequence[int] = ()) -> Any:
@@ -189,7 +195,15 @@ def _draws(guide: Any, process: MaskingProcess, rows: Tensor, num_draws: int | N
     drawn, device = [], device_of(guide, rows.device)
     for piece in rows.split(_ROWS):
         batch = process.corrupt(piece.to(device), 1.0)
-        site = run(guide, Recorder(), batch).sites["z"]
+        site = run(guide, Recorder(), batch).sites.get("z")
+        if site is None:
+            raise ValueError(
+                "the guide must sample the site 'z' of the model's prior; it does not"
+            )
+        if not bool(site.value.isfinite().all()):
+            raise ValueError(
+                "the guide's draws of 'z' must be finite to fit a prior to, got others"
+            )
         drawn += [site.value if not i else site.fn.sample() for i in range(number)]
     return torch.cat(drawn)
 

@@ -37,6 +37,7 @@ class AtStart(nn.Module):
 
     Raises:
         TypeError: when it is used, for priors that give something else.
+        ValueError: when it is used, for latents of two sizes.
     """
 
     def __init__(
@@ -52,16 +53,21 @@ class AtStart(nn.Module):
     def forward(self, batch: MaskedBatch) -> NormalMixture:
         start = batch.masked.all(-1, keepdim=True)
         laws = [self._mixture(name, batch) for name in ("first", "later")]
+        if laws[0].event_shape != laws[1].event_shape:
+            raise ValueError(
+                "first and later must have latents of one size, got "
+                f"{laws[0].event_shape[0]} and {laws[1].event_shape[0]}"
+            )
         if not torch.is_grad_enabled():  # a sampler's rows start together
             for law, alike in zip(laws, (start, ~start), strict=True):
                 if bool(alike.all()):
                     return law
         weights = [
-            torch.where(here, law.logits.log_softmax(-1), _NEVER)
+            torch.where(here, law.logits.log_softmax(-1), _NEVER).unsqueeze(-1)
             for law, here in zip(laws, (start, ~start), strict=True)
         ]
         return NormalMixture(
-            torch.cat(weights, -1),
+            _beside(weights).squeeze(-1),
             _beside([law.loc for law in laws]),
             _beside([law.scale for law in laws]),
         )

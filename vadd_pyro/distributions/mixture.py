@@ -67,8 +67,8 @@ class NormalMixture(TorchDistribution):
     def variance(self) -> Tensor:
         """Variance of each coordinate, ``(..., d)``."""
         weight = self.logits.softmax(-1).unsqueeze(-1)
-        second = (weight * (self.scale.square() + self.loc.square())).sum(-2)
-        return second - self.mean.square()
+        shift = self.loc - self.mean.unsqueeze(-2)  # whose squares cancel nothing
+        return (weight * (self.scale.square() + shift.square())).sum(-2)
 
     def expand(self, batch_shape: Sequence[int], _instance: Any = None) -> NormalMixture:
         """The same law over a larger batch shape."""

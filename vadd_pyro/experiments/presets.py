@@ -195,8 +195,8 @@ def preset(
     if settings.get("backbone", values["backbone"]) != values["backbone"]:
         values["sizes"] = dict(sizes or {})
     if settings.get("prior", values["prior"]) != values["prior"] and "guide" not in settings:
-        values["guide"] = "auto"  # the preset's fits the preset's prior
-        values["refit_prior"] = False
+        # The preset's guide fits the preset's prior; one that is refitted needs a relative one.
+        values["guide"] = "relative" if settings.get("refit_prior") else "auto"
     if model == "mdm":
         # As the baseline does best: what spares a latent collapse costs it at many steps. It is
         # trained for as many updates.
@@ -207,6 +207,14 @@ def preset(
             plain |= values
             values["num_iterations"] = plain["num_iterations"] + plain["num_chain_iterations"]
         values["num_chain_iterations"] = 0
+    final = {**values, **settings}
+    if values.get("refit_prior") and "refit_prior" not in settings:
+        values["refit_prior"] = (
+            model == "vadd"
+            and final["guide"] == "relative"
+            and final["least_time"] == 1
+            and final["prior"] == PRESETS[data][name]["prior"]
+        )
     unknown = sorted(set(settings) - set(Settings.__dataclass_fields__))
     if unknown:
         raise ValueError(

@@ -51,7 +51,8 @@ class Settings:
         free_bits: nats of each latent dimension that cost nothing in the first stage, against
             collapse.
         precision: ``"float32"``, or ``"bfloat16"`` for networks under autocast.
-        compile: run each update as one compiled graph, as :func:`vadd_pyro.fit` does on request.
+        compile: run each update as one compiled graph, as :func:`vadd_pyro.fit` does on request;
+            those of the guide of a refitted prior are run by the programs.
         seed: of weights, masks and the order of the data.
 
     Raises:

@@ -38,6 +38,7 @@ __all__ = [
     "load",
     "load_data",
     "load_settings",
+    "mixture_of",
     "replace_prior",
     "save",
 ]
@@ -144,6 +145,12 @@ def build(settings: Settings, data: DataSet, device: str | None = None) -> zoo.P
     return pair
 
 
+def mixture_of(num_components: int, latent_dim: int) -> MixtureOfNormals:
+    """A mixture whose weights are about to be read; torch's random state stays as it is."""
+    with torch.random.fork_rng():
+        return MixtureOfNormals(latent_dim, num_components)
+
+
 def replace_prior(pair: zoo.Pair, prior: MixtureOfNormals) -> None:
     """Give a model, and its guide that is told relative to the prior, another one."""
     place = next(iter(pair.guide.parameters())).device
@@ -192,7 +199,7 @@ def save(
         "guide": state_of(guide),
     }
     if settings.refits_prior:
-        content["num_components"] = len(model.prior.z_loc)
+        content["mixture"] = list(model.prior.z_loc.shape)
     save_checkpoint(Path(folder) / FILE, content)
     return Experiment(settings, data, model, guide, data.process(), seconds)
 
@@ -265,7 +272,7 @@ def load(folder: str | Path, path: str | None = None, device: str | None = None)
     data.check_same(content["data"])
     pair = build(settings, data, device)
     if settings.refits_prior:
-        replace_prior(pair, MixtureOfNormals(settings.latent_dim, content["num_components"]))
+        replace_prior(pair, mixture_of(*content["mixture"]))
     # A guide that was refitted may hold a prior of its own beside the model's.
     guide = copy.deepcopy(pair.guide)
     restore(pair.model, content["model"], file, "model")

@@ -37,11 +37,11 @@ from vadd_pyro.experiments.store import (
     build,
     check_folder,
     load_data,
+    mixture_of,
     replace_prior,
     save,
 )
 from vadd_pyro.locks import locked_folder
-from vadd_pyro.models import MixtureOfNormals
 from vadd_pyro.refitting import fit_prior
 from vadd_pyro.times import GridTimes
 from vadd_pyro.training import History, fit, fit_guide
@@ -213,7 +213,7 @@ def _refit(
 
     content = Processes.current().by_first(fitted)
     weights = content["weights"]
-    prior = MixtureOfNormals(settings.latent_dim, len(weights["z_loc"]))
+    prior = mixture_of(*weights["z_loc"].shape)
     prior.load_state_dict(weights)
     replace_prior(pair, prior)
     return {name: content[name] for name in ("before", "held_out")}, content["seconds"]
