@@ -56,7 +56,7 @@ from vadd_pyro.process import MaskedBatch
 from vadd_pyro.programs import draw_latent
 from vadd_pyro.recorder import Recorder, Site
 
-__all__ = ["families_for", "for_prior", "look_at"]
+__all__ = ["describe", "families_for", "for_prior", "look_at"]
 
 _REAL = ("mean_field", "low_rank", "full", "mixture", "flow", "semi_amortized")
 
@@ -138,7 +138,8 @@ def _is_real(law: Any) -> bool:
     )
 
 
-def _describe(sites: list[Site]) -> str:
+def describe(sites: list[Site]) -> str:
+    """Latent sites for a message: names, laws and shapes."""
     return ", ".join(
         f"{site.name!r} ~ {type(getattr(site.fn, 'base_dist', site.fn)).__name__} with events of "
         f"shape {tuple(site.fn.event_shape)}"
@@ -204,7 +205,7 @@ def for_prior(
         family = fitting[0]
     if family not in fitting:
         raise ValueError(
-            f"no guide of family {family!r} fits the prior's sites {_describe(sites) or '(none)'}:"
+            f"no guide of family {family!r} fits the prior's sites {describe(sites) or '(none)'}:"
             f" expected one of {', '.join(fitting) or 'none that is ready: write one'}"
         )
     if own is not None:

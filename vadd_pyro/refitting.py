@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vadd_pyro.guides.matching import look_at
+from vadd_pyro.guides.matching import describe, look_at
 from vadd_pyro.models import MixtureOfNormals
 from vadd_pyro.process import MaskingProcess, check_size
 from vadd_pyro.programs import evaluation
@@ -157,7 +157,6 @@ def check_fit(model: Any, process: MaskingProcess, num_rows: Sequence[int] = ())
             f"model must have a prior, as vadd_pyro.models.VADD does; got {type(model).__name__}"
         )
     sites, _ = look_at(prior, process.length, process.vocab_size)
-    found = [f"{site.name!r} with events of shape {tuple(site.fn.event_shape)}" for site in sites]
     if (
         [site.name for site in sites] != ["z"]
         or len(sites[0].fn.event_shape) != 1
@@ -165,7 +164,7 @@ def check_fit(model: Any, process: MaskingProcess, num_rows: Sequence[int] = ())
     ):
         raise ValueError(
             "the prior must sample one site 'z', a vector of real numbers, for a mixture of "
-            f"normals to take its place; it samples {', '.join(found) or 'nothing'}"
+            f"normals to take its place; it samples {describe(sites) or 'nothing'}"
         )
     return sites[0].fn
 
