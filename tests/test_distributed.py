@@ -324,6 +324,29 @@ def test_processes_that_cannot_meet_are_named(monkeypatch):
     assert Processes.current().alone
 
 
+def test_nothing_of_a_group_is_left_to_abort_the_interpreter():
+    script = """
+import os, weakref
+import torch.distributed as dist
+from vadd_pyro.distributed import joined
+
+os.environ |= {"WORLD_SIZE": "2", "RANK": "0", "MASTER_ADDR": "localhost", "MASTER_PORT": "1"}
+meet = dist.init_process_group
+dist.init_process_group = lambda backend, timeout: meet(
+    backend, timeout=timeout, store=dist.HashStore(), rank=0, world_size=1
+)
+with joined("cpu"):
+    import torch._dynamo  # as the first optimiser does
+    group = weakref.ref(dist.group.WORLD)
+    assert group() is not None
+assert group() is None, "the group outlives its end, with its threads"
+"""
+    found = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, timeout=120
+    )
+    assert found.returncode == 0, found.stderr
+
+
 # ------------------------------------------------------------------------------ the command line
 
 

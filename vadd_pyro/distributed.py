@@ -13,6 +13,7 @@ alone all of it does nothing.
 
 from __future__ import annotations
 
+import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -327,6 +328,10 @@ def joined(device: str, timeout: timedelta = TIMEOUT) -> Iterator[str]:
         device = _own_gpu(device)
         if dist.is_nccl_available():
             backend = "nccl"
+    # Default arguments in there are the group at the time of import. Imported later (by the first
+    # optimiser, through torch._dynamo) they would keep the group, whose threads then live until
+    # the interpreter ends and may abort it.
+    importlib.import_module("torch.distributed.nn.functional")
     with answering():
         dist.init_process_group(backend, timeout=timeout)
     try:
