@@ -273,6 +273,7 @@ def processes(record: Record) -> str:
                 name,
                 found["batch_size"],
                 f"{found['megabytes']:.1f}",
+                f"{found['all_reduce_ms']:.1f}",
                 f"{found['exchange_ms']:.1f}",
                 f"{found['one_clock_ms']:.1f}",
                 f"{found['one_clock_rate']:,.0f}",
@@ -280,7 +281,15 @@ def processes(record: Record) -> str:
             ]
         )
     number = record["processes"]
-    head = ["size", "batch", "gradient, MB", "all-reduce, ms", "1 process, ms", "rows/s"]
+    head = [
+        "size",
+        "batch",
+        "gradient, MB",
+        "all-reduce, ms",
+        "sum, ms",
+        "1 process, ms",
+        "rows/s",
+    ]
     head += [f"{number} processes, same batch", f"{number} processes, full batches"]
     head += [f"{number} processes apart"]
     return f"{caption(record)}\n\n{table(head, rows)}"

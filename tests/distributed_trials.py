@@ -8,14 +8,16 @@ makes all trials (or those named) in turn and writes what it found to ``FOLDER/<
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 import signal
 import sys
+import tempfile
 import traceback
 import warnings
 from collections.abc import Callable
-from contextlib import suppress
+from contextlib import nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -41,6 +43,8 @@ from vadd_pyro import (
     fit,
 )
 from vadd_pyro.checkpoints import load_checkpoint
+from vadd_pyro.distributed import Processes
+from vadd_pyro.shared_sums import SharedSums
 
 PROCESS = MaskingProcess(2, 3)
 X = data.tied_bits(3).sample(300)
@@ -148,6 +152,68 @@ def exact(rank: int, folder: Path) -> dict[str, Any]:
         "store": store,
         "alone": alone,
     }
+
+
+def through_memory(rank: int, folder: Path) -> dict[str, Any]:
+    """Sums through memory that both see, those of all_reduce, and what is not shared."""
+    if not Path("/dev/shm").is_dir():
+        return {}
+    place = Path(tempfile.mkdtemp(dir="/dev/shm"))
+    with patch("vadd_pyro.shared_sums._FOLDER", place):
+        found = _through_memory(rank, folder)
+    torch.distributed.barrier()
+    found["left"] = [path.name for path in place.iterdir()]
+    place.rmdir()
+    return found
+
+
+def _through_memory(rank: int, folder: Path) -> dict[str, Any]:
+    draw = torch.Generator().manual_seed(rank)
+    kinds = [torch.float32, torch.float64, torch.bfloat16, torch.float32]
+    shapes = [(300, 7), (1001,), (33,), (5, 5, 41)]
+    given = [
+        torch.randn(shape, generator=draw, dtype=torch.float64).to(kind)
+        for shape, kind in zip(shapes, kinds, strict=True)
+    ]
+    expected = [tensor.clone() for tensor in given]
+    for tensor in expected:
+        torch.distributed.all_reduce(tensor)
+    processes = Processes.current()
+    found: dict[str, Any] = {"expected": expected}
+    num_bytes = sum(t.numel() * t.element_size() for t in given)
+    for name, room in (("whole", 2**20), ("in_pieces", 3 * 1024)):
+        with patch("vadd_pyro.shared_sums._ROOM", room):
+            shared = SharedSums.between(processes, num_bytes)
+        assert shared is not None
+        found[name] = [tensor.clone() for tensor in given]
+        for _ in range(20):  # one that runs ahead would spoil what the other still reads
+            shared(found[name])
+            for value, tensor in zip(found[name], given, strict=True):
+                value.copy_(tensor)
+        shared(found[name])
+    # One of two does not see the file, or there is no place or room for it.
+    hidden: Any = patch("torch.from_file", side_effect=RuntimeError) if rank else nullcontext()
+    with hidden:
+        found["hidden"] = SharedSums.between(processes, num_bytes)
+    with patch("vadd_pyro.shared_sums._FOLDER", folder / "none"):
+        found["nowhere"] = SharedSums.between(processes, num_bytes)
+    with patch("os.posix_fallocate", side_effect=OSError(errno.ENOSPC, "full")):
+        found["full"] = SharedSums.between(processes, num_bytes)
+    # A run, its memory made anew where more is asked for.
+    pieces: list[int] = []
+    between = SharedSums.between
+
+    def told(processes: Processes, num_bytes: int) -> SharedSums | None:
+        pieces.append(num_bytes)
+        return between(processes, num_bytes)
+
+    with (
+        patch("vadd_pyro.exchange._LARGE", 10),
+        patch("vadd_pyro.shared_sums.SharedSums.between", told),
+    ):
+        found["weights"], _ = same_rows(seed=11 + rank)
+    found["asked"] = pieces
+    return found
 
 
 def other_numbers(rank: int, folder: Path) -> dict[str, Any]:
@@ -329,7 +395,7 @@ def given_up(rank: int, folder: Path) -> dict[str, Any]:
     return {"weights": state(*programs), "lines": lines}
 
 
-TRIALS = (exact, other_numbers, resumed, failures, compiled, given_up)
+TRIALS = (exact, through_memory, other_numbers, resumed, failures, compiled, given_up)
 
 
 def child(rank: int, folder: Path, names: list[str]) -> None:

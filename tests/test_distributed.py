@@ -302,6 +302,21 @@ def test_what_joins_the_rows_of_a_batch_is_refused():
     fit(shared, nothing, annealed(), X, 2, batch_size=8, progress=False)
 
 
+@pytest.mark.skipif(not Path("/dev/shm").is_dir(), reason="no files in memory here")
+def test_sums_through_memory_are_those_of_all_reduce(found, reference):
+    one, two = (told["through_memory"] for told in found)
+    for told in (one, two):
+        for name in ("whole", "in_pieces"):
+            for value, expected in zip(told[name], told["expected"], strict=True):
+                assert torch.equal(value, expected)
+        assert told["hidden"] is told["nowhere"] is told["full"] is None
+        assert close(told["weights"], reference[0])
+        assert len(told["asked"]) > 1
+        assert told["asked"] == sorted(told["asked"])
+        assert not told["left"]
+    assert torch.equal(one["weights"], two["weights"])
+
+
 def test_processes_that_cannot_meet_are_named(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
 

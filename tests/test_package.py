@@ -28,7 +28,7 @@ LAYERS = [
     {"finite", "interruption", "locks"},
     {"sites", "chains", "data", "models", "guides", "weights", "batches", "distributed"},
     {"annealing", "batching", "compiling", "densities", "divergences", "emptiness", "estimators"},
-    {"exchange", "quality", "resuming"},
+    {"exchange", "quality", "resuming", "shared_sums"},
     {"elbo", "orders", "sampling", "stepping", "tempering"},
     {"compiled", "integration", "scoring"},
     {"chain", "exact", "grids", "infilling", "information", "likelihood", "monitor", "trainer"},

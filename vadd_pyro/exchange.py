@@ -5,7 +5,8 @@ has failed are summed once an update by ``torch.distributed.all_reduce``, which 
 ``2 (P - 1) / P`` times the bytes that are summed to and from each of ``P`` processes. What is one
 number for all of them then (a loss that is not finite, a signal to one) is known to all at the
 same update. Small gradients go together in one vector, with all that is told; large ones follow
-as they are, for to copy them takes time, too.
+as they are, for to copy them takes time, too. Between processes of one machine what is large is
+summed through memory instead (:mod:`vadd_pyro.shared_sums`).
 
 ``DistributedDataParallel`` sums the same in pieces, while backward still runs. It wants one
 module whose forward is the loss; here the loss is that of two programs, which may be functions
@@ -23,6 +24,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from vadd_pyro.distributed import OtherProcessError, Processes, answering
+from vadd_pyro.shared_sums import SharedSums
 
 __all__ = ["Exchange", "GradientSum"]
 
@@ -43,6 +45,8 @@ class Exchange:
         self.processes = processes
         self.length = length
         self._like = like
+        self._shared: SharedSums | None = None
+        self._room = 0  # bytes that memory to share was asked for
 
     def empty(self) -> Tensor:
         """A vector of zeros, with room for what :meth:`__call__` adds."""
@@ -84,9 +88,18 @@ class Exchange:
 
     def sum(self, *tensors: Tensor) -> None:
         """Make tensors, with nothing added, the sums of those of all processes."""
+        large = [t for t in tensors if t.device.type == "cpu" and t.numel() >= _LARGE]
+        num_bytes = sum(t.numel() * t.element_size() for t in large)
+        if num_bytes > self._room:
+            self._shared = SharedSums.between(self.processes, num_bytes)
+            self._room = num_bytes
+        through_memory = {id(t) for t in large} if self._shared is not None else set()
+        others = [t for t in tensors if id(t) not in through_memory]
         with answering():
-            for sent in [dist.all_reduce(tensor, async_op=True) for tensor in tensors]:
+            for sent in [dist.all_reduce(tensor, async_op=True) for tensor in others]:
                 sent.wait()
+            if self._shared is not None:
+                self._shared(large)
 
 
 class GradientSum:
