@@ -56,7 +56,7 @@ from vadd_pyro.process import MaskedBatch
 from vadd_pyro.programs import draw_latent
 from vadd_pyro.recorder import Recorder, Site
 
-__all__ = ["describe", "families_for", "for_prior", "look_at"]
+__all__ = ["describe", "families_for", "for_prior", "is_real", "look_at"]
 
 _REAL = ("mean_field", "low_rank", "full", "mixture", "flow", "semi_amortized")
 
@@ -114,7 +114,7 @@ def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
             return ()
         if support is constraints.sphere:
             return ("spherical",) if site.name == "z" else ()
-        if _is_real(law) and len(law.event_shape) == 1 and site.name == "z":
+        if is_real(law) and len(law.event_shape) == 1 and site.name == "z":
             normals = isinstance(law, DiagonalNormal | NormalMixture)
             return (*_REAL, "relative") if normals else _REAL
     discrete = [bool(getattr(site.fn, "has_enumerate_support", False)) for site in sites]
@@ -130,7 +130,8 @@ def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
     return ("hierarchical", "bottom_up")
 
 
-def _is_real(law: Any) -> bool:
+def is_real(law: Any) -> bool:
+    """Whether a law is one of vectors of any real numbers."""
     support = law.support
     return support is constraints.real_vector or (
         isinstance(support, constraints.independent)
@@ -236,7 +237,7 @@ def _build(
         sizes, supports = {}, {}
         for site in sites:
             shape, support = site.fn.event_shape, site.fn.support
-            if _is_real(site.fn) and len(shape) == 1:
+            if is_real(site.fn) and len(shape) == 1:
                 sizes[site.name] = shape[0]
             else:
                 sizes[site.name] = biject_to(support).inverse_shape(shape).numel()

@@ -7,6 +7,7 @@ import copy
 import pyro
 import pytest
 import torch
+from pyro.distributions import Gamma
 from torch import nn
 
 from vadd_pyro import (
@@ -213,8 +214,15 @@ def test_priors_whose_place_a_mixture_cannot_take_are_refused():
     with pytest.raises(TypeError, match=r"model must have a prior.*got MDM"):
         fit_prior(models.MDM(decoder), guides.NoLatent(), PROCESS, rows(300))
     codes = models.VADD(decoder, models.Categorical(5, 2))
-    with pytest.raises(ValueError, match="one site 'z', a vector of real numbers"):
+    with pytest.raises(ValueError, match="one site 'z', a vector of any real numbers"):
         fit_prior(codes, guides.NoLatent(), PROCESS, rows(300))
+    features = MLPFeatures(PROCESS, **SIZES)
+    sphere = models.VADD(decoder, models.Spherical(2))
+    with pytest.raises(ValueError, match=r"a vector of any real numbers.*it samples 'z' ~ "):
+        fit_prior(sphere, guides.AmortizedSpherical(features, 2), PROCESS, rows(300))
+    positive = models.VADD(decoder, lambda batch: Gamma(torch.ones(2), torch.ones(2)).to_event(1))
+    with pytest.raises(ValueError, match=r"a vector of any real numbers.*it samples 'z' ~ Gamma"):
+        fit_prior(positive, guides.for_prior(positive.prior, features), PROCESS, rows(300))
     several = models.VADD(decoder, models.Hierarchical((2, 2)))
     with pytest.raises(ValueError, match="it samples 'z_"):
         fit_prior(several, guides.NoLatent(), PROCESS, rows(300))

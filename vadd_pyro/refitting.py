@@ -31,7 +31,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vadd_pyro.guides.matching import describe, look_at
+from vadd_pyro.guides.matching import describe, is_real, look_at
 from vadd_pyro.models import MixtureOfNormals
 from vadd_pyro.process import MaskingProcess, check_size
 from vadd_pyro.programs import evaluation
@@ -160,10 +160,10 @@ def check_fit(model: Any, process: MaskingProcess, num_rows: Sequence[int] = ())
     if (
         [site.name for site in sites] != ["z"]
         or len(sites[0].fn.event_shape) != 1
-        or not sites[0].value.is_floating_point()
+        or not is_real(sites[0].fn)
     ):
         raise ValueError(
-            "the prior must sample one site 'z', a vector of real numbers, for a mixture of "
+            "the prior must sample one site 'z', a vector of any real numbers, for a mixture of "
             f"normals to take its place; it samples {describe(sites) or 'nothing'}"
         )
     return sites[0].fn
