@@ -16,8 +16,8 @@ import sys
 import tempfile
 import traceback
 import warnings
-from collections.abc import Callable
-from contextlib import nullcontext, suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from datetime import timedelta
 from pathlib import Path
 from typing import Any
@@ -182,7 +182,8 @@ def _through_memory(rank: int, folder: Path) -> dict[str, Any]:
     found: dict[str, Any] = {"expected": expected}
     num_bytes = sum(t.numel() * t.element_size() for t in given)
     for name, room in (("whole", 2**20), ("in_pieces", 3 * 1024)):
-        with patch("vadd_pyro.shared_sums._ROOM", room):
+        least = patch("vadd_pyro.shared_sums._LEAST", 2**9)
+        with patch("vadd_pyro.shared_sums._ROOM", room), least:
             shared = SharedSums.between(processes, num_bytes)
         assert shared is not None
         found[name] = [tensor.clone() for tensor in given]
@@ -191,10 +192,13 @@ def _through_memory(rank: int, folder: Path) -> dict[str, Any]:
             for value, tensor in zip(found[name], given, strict=True):
                 value.copy_(tensor)
         shared(found[name])
-    # One of two does not see the file, or there is no place or room for it.
-    hidden: Any = patch("torch.from_file", side_effect=RuntimeError) if rank else nullcontext()
-    with hidden:
+    # One of two does not see the file or is elsewhere, or there is no place or room for it.
+    gone = patch("vadd_pyro.shared_sums._opened", side_effect=FileNotFoundError)
+    with gone if rank else nullcontext():
         found["hidden"] = SharedSums.between(processes, num_bytes)
+    found["elsewhere"] = SharedSums.between(processes, num_bytes, here=not rank)
+    with patch("vadd_pyro.shared_sums._SHARE", 1e-9):
+        found["tight"] = SharedSums.between(processes, num_bytes)
     with patch("vadd_pyro.shared_sums._FOLDER", folder / "none"):
         found["nowhere"] = SharedSums.between(processes, num_bytes)
     with patch("os.posix_fallocate", side_effect=OSError(errno.ENOSPC, "full")):
@@ -203,9 +207,9 @@ def _through_memory(rank: int, folder: Path) -> dict[str, Any]:
     pieces: list[int] = []
     between = SharedSums.between
 
-    def told(processes: Processes, num_bytes: int) -> SharedSums | None:
+    def told(processes: Processes, num_bytes: int, here: bool) -> SharedSums | None:
         pieces.append(num_bytes)
-        return between(processes, num_bytes)
+        return between(processes, num_bytes, here)
 
     with (
         patch("vadd_pyro.exchange._LARGE", 10),
@@ -360,42 +364,71 @@ def compiled(rank: int, folder: Path) -> dict[str, Any]:
     return found
 
 
-def given_up(rank: int, folder: Path) -> dict[str, Any]:
-    """The loss of the second process changes, and the graphs of both are given up. They are run as
-    they were traced, to save the compiler's time.
-    """
+@contextmanager
+def as_traced() -> Iterator[list[warnings.WarningMessage]]:
+    """Runs graphs as they were traced, to save the compiler's time; yields what is warned of."""
 
-    def as_traced(graph: Any, inputs: Any) -> Any:
+    def run_as_traced(graph: Any, inputs: Any) -> Any:
         def run(*values: Tensor) -> Any:
             with torch.no_grad():
                 return graph(*values)
 
         return run
 
-    programs, elbo = pair(), MaskedDiffusionELBO(PROCESS, kl_weight=0.5)
-
-    class Rows:
-        def at(self, iteration: int, batch_size: int) -> Tensor:
-            if rank == 1 and iteration == 4:
-                elbo.kl_weight = 3.0
-            return X[8 * iteration : 8 * iteration + batch_size]
-
-        def __call__(self, batch_size: int) -> Tensor:
-            raise AssertionError("rows are asked for by iteration")
-
-    options: dict[str, Any] = dict(batch_size=16, progress=False, monitor_every=None, seed=3)
     with (
-        patch("vadd_pyro.compiled.update.compile_graph", as_traced),
+        patch("vadd_pyro.compiled.update.compile_graph", run_as_traced),
         patch.object(torch.nn.Module, "compile", lambda self, options: None),
         warnings.catch_warnings(record=True) as caught,
     ):
         warnings.simplefilter("always", RuntimeWarning)
-        fit(*programs, elbo, Rows(), 13, **options, compile=True)
+        yield caught
+
+
+class Following:
+    """Rows of each update, and what happens to the second process before."""
+
+    def __init__(self, rank: int, happen: dict[int, Callable[[], Any]]) -> None:
+        self.happen = happen if rank == 1 else {}
+
+    def at(self, iteration: int, batch_size: int) -> Tensor:
+        self.happen.get(iteration, lambda: None)()
+        return X[8 * iteration : 8 * iteration + batch_size]
+
+    def __call__(self, batch_size: int) -> Tensor:
+        raise AssertionError("rows are asked for by iteration")
+
+
+def given_up(rank: int, folder: Path) -> dict[str, Any]:
+    """The loss of the second process changes, and the graphs of both are given up."""
+    programs, elbo = pair(), MaskedDiffusionELBO(PROCESS, kl_weight=0.5)
+    rows = Following(rank, {4: lambda: setattr(elbo, "kl_weight", 3.0)})
+    options: dict[str, Any] = dict(batch_size=16, progress=False, monitor_every=None, seed=3)
+    with as_traced() as caught:
+        fit(*programs, elbo, rows, 13, **options, compile=True)
     lines = [str(w.message) for w in caught if w.category is RuntimeWarning]
     return {"weights": state(*programs), "lines": lines}
 
 
-TRIALS = (exact, through_memory, other_numbers, resumed, failures, compiled, given_up)
+def no_rows(rank: int, folder: Path) -> dict[str, Any]:
+    """The second process has no rows for an update before which graphs and programs are compared,
+    and in another run for one before which they are not.
+    """
+
+    def raising() -> None:
+        raise ValueError("no such rows")
+
+    options: dict[str, Any] = dict(batch_size=16, progress=False, monitor_every=None, compile=True)
+    found = {}
+    for iteration in (9, 10):
+        rows = Following(rank, {iteration: raising})
+        with as_traced():
+            found[iteration] = _error(
+                lambda rows=rows: fit(*pair(), annealed(), rows, 13, **options)  # type: ignore[misc]
+            )
+    return found
+
+
+TRIALS = (exact, through_memory, other_numbers, resumed, failures, compiled, given_up, no_rows)
 
 
 def child(rank: int, folder: Path, names: list[str]) -> None:

@@ -203,6 +203,13 @@ def test_processes_give_up_their_graphs_together(found):
     assert not two["lines"]
 
 
+def test_an_error_before_a_comparison_of_graphs_is_told_to_all(found):
+    for iteration in (9, 10):
+        one, two = (told["no_rows"][iteration] for told in found)
+        assert two["kind"] == one["kind"] == "ValueError"
+        assert "no such rows (process 1 of 2)" in one["text"]
+
+
 # ------------------------------------------------------------------------------------ one end
 
 
@@ -309,7 +316,8 @@ def test_sums_through_memory_are_those_of_all_reduce(found, reference):
         for name in ("whole", "in_pieces"):
             for value, expected in zip(told[name], told["expected"], strict=True):
                 assert torch.equal(value, expected)
-        assert told["hidden"] is told["nowhere"] is told["full"] is None
+        for name in ("hidden", "elsewhere", "tight", "nowhere", "full"):
+            assert told[name] is None, name
         assert close(told["weights"], reference[0])
         assert len(told["asked"]) > 1
         assert told["asked"] == sorted(told["asked"])

@@ -13,7 +13,6 @@ alone all of it does nothing.
 
 from __future__ import annotations
 
-import importlib
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping
@@ -29,6 +28,12 @@ from torch import Tensor
 from vadd_pyro.checkpoints import CheckpointWriteError, DamagedCheckpointError
 from vadd_pyro.finite import NonFiniteLossError
 from vadd_pyro.locks import InUseError
+
+if dist.is_available():
+    # Default arguments in there are the group at the time of import. Imported later (by the first
+    # optimiser, through torch._dynamo) they would keep the group, whose threads then live until
+    # the interpreter ends and may abort it.
+    import torch.distributed.nn.functional
 
 __all__ = [
     "OtherProcessError",
@@ -328,10 +333,6 @@ def joined(device: str, timeout: timedelta = TIMEOUT) -> Iterator[str]:
         device = _own_gpu(device)
         if dist.is_nccl_available():
             backend = "nccl"
-    # Default arguments in there are the group at the time of import. Imported later (by the first
-    # optimiser, through torch._dynamo) they would keep the group, whose threads then live until
-    # the interpreter ends and may abort it.
-    importlib.import_module("torch.distributed.nn.functional")
     with answering():
         dist.init_process_group(backend, timeout=timeout)
     try:

@@ -70,6 +70,18 @@ class Exchange:
                     self.processes.agree_on(error)
             raise
 
+    def meet(self) -> None:
+        """Go on when all are here; an error of one of them in :meth:`watching` is raised here too.
+
+        Raises:
+            Exception: as :meth:`Processes.together` does.
+        """
+        if not self.processes.alone:
+            told = self.empty()
+            self.sum(told)
+            if told[-1] > 0:
+                self.processes.agree_on(None)
+
     def __call__(self, vector: Tensor, loss: float, kl: float) -> tuple[float, float]:
         """Make a vector the sum of those of all processes; also loss and KL, which are returned.
 
@@ -88,18 +100,19 @@ class Exchange:
 
     def sum(self, *tensors: Tensor) -> None:
         """Make tensors, with nothing added, the sums of those of all processes."""
-        large = [t for t in tensors if t.device.type == "cpu" and t.numel() >= _LARGE]
+        large = [tensor for tensor in tensors if tensor.numel() >= _LARGE]
         num_bytes = sum(t.numel() * t.element_size() for t in large)
         if num_bytes > self._room:
-            self._shared = SharedSums.between(self.processes, num_bytes)
+            here = all(tensor.device.type == "cpu" for tensor in large)
+            self._shared = SharedSums.between(self.processes, num_bytes, here)
             self._room = num_bytes
         through_memory = {id(t) for t in large} if self._shared is not None else set()
         others = [t for t in tensors if id(t) not in through_memory]
         with answering():
             for sent in [dist.all_reduce(tensor, async_op=True) for tensor in others]:
                 sent.wait()
-            if self._shared is not None:
-                self._shared(large)
+        if self._shared is not None:
+            self._shared(large)
 
 
 class GradientSum:

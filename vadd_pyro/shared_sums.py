@@ -8,6 +8,8 @@ is told through the process group, which also says when another process is gone.
 
 from __future__ import annotations
 
+import errno
+import mmap
 import os
 import secrets
 from collections.abc import Iterator, Sequence
@@ -18,12 +20,15 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from vadd_pyro.distributed import Processes
+from vadd_pyro.distributed import Processes, answering
 
 __all__ = ["SharedSums"]
 
 _FOLDER = Path("/dev/shm")  # files in memory; where there is none, nothing is shared
 _ROOM = 2**28  # bytes of the file at most; what needs more is added up in pieces
+_LEAST = 2**20  # bytes of a part: smaller pieces take longer to meet for than to send
+_UNIT = 64  # bytes; parts begin at a multiple of it
+_SHARE = 0.5  # of the memory that is free for such files, which others want, too
 
 
 class SharedSums:
@@ -41,37 +46,41 @@ class SharedSums:
         self._done = torch.zeros(1)
 
     @classmethod
-    def between(cls, processes: Processes, num_bytes: int) -> SharedSums | None:
+    def between(cls, processes: Processes, num_bytes: int, here: bool = True) -> SharedSums | None:
         """For sums of tensors of so many bytes; ``None`` on all processes if they do not see the
         same memory (those of several machines, or of containers), or if there is not enough.
+
+        Args:
+            processes: all of them.
+            num_bytes: the same for all.
+            here: whether the tensors of this process are on the CPU.
         """
         parts = processes.size + 1
-        room = min(num_bytes + -num_bytes % 64, _ROOM // parts // 64 * 64)
+        if processes.alone or not all(processes.gather(here)):
+            return None  # having met, they open the file as soon as it is there
         path, memory = None, None
         if processes.first:
             with suppress(OSError, AttributeError):  # not every system has posix_fallocate
-                path = _reserve(parts * room)
+                path = _reserve(num_bytes, parts)
         try:
             told = processes.broadcast(None if path is None else str(path))
             if told is not None:
-                # torch makes the file if it is not there, as on another machine.
-                with suppress(OSError, RuntimeError):
-                    size = os.stat(told).st_size
-                    memory = torch.from_file(told, shared=True, size=size, dtype=torch.uint8)
+                with suppress(OSError, ValueError):
+                    memory = _opened(told)
             seen = all(processes.gather(memory is not None))
         finally:
             if path is not None:
                 path.unlink(missing_ok=True)  # it is there for as long as it is mapped
         if not seen or memory is None:
             return None
-        return cls(processes.rank, processes.size, memory.view(parts, room))
+        return cls(processes.rank, processes.size, memory.view(parts, -1))
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Make contiguous tensors on the CPU the sums of those of all processes, which are bit for
         bit the same in all: they are added up in the order of the processes.
 
         Raises:
-            RuntimeError: if another process has ended or does not answer.
+            OtherProcessError: if another process has ended or does not answer.
         """
         for kind in dict.fromkeys(tensor.dtype for tensor in tensors):
             rows = self._memory.view(kind)
@@ -95,21 +104,36 @@ class SharedSums:
 
     def _meet(self) -> None:
         """Go on when all processes are here."""
-        dist.all_reduce(self._done)
+        with answering():
+            dist.all_reduce(self._done)
 
 
-def _reserve(num_bytes: int) -> Path:
-    """A file of so many bytes, for which there is memory."""
+def _reserve(num_bytes: int, parts: int) -> Path:
+    """A file of as many equal parts, each of so many bytes or of as many as there is room for."""
+    free = os.statvfs(_FOLDER)
+    most = min(_ROOM, int(_SHARE * free.f_bavail * free.f_frsize)) // parts
+    if most < min(num_bytes, _LEAST):
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(_FOLDER))
+    room = min(num_bytes + _UNIT - 1, most) // _UNIT * _UNIT
     path = _FOLDER / f"vadd_pyro-{secrets.token_hex(8)}"
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_EXCL, 0o600)
     try:
-        os.posix_fallocate(descriptor, 0, num_bytes)
+        os.posix_fallocate(descriptor, 0, parts * room)
     except BaseException:
         path.unlink(missing_ok=True)
         raise
     finally:
         os.close(descriptor)
     return path
+
+
+def _opened(path: str) -> Tensor:
+    """The bytes of a file that is there, shared with whoever else opens it."""
+    descriptor = os.open(path, os.O_RDWR)
+    try:
+        return torch.frombuffer(mmap.mmap(descriptor, 0), dtype=torch.uint8)
+    finally:
+        os.close(descriptor)
 
 
 def _pieces(tensors: Sequence[Tensor], length: int) -> Iterator[list[Tensor]]:

@@ -262,6 +262,7 @@ class Update:
             return "the optimiser has passed over some parameters in an update without the graph"
         if self.calls not in RECHECKS:
             return ""
+        self.exchange.meet()  # or one that has no rows now would be waited for
         part = x_0.chunk(self.accumulate)[0].contiguous()
         reason = self._comparison.after(self.calls * self.accumulate, part, self._processes)
         if not reason:
