@@ -158,12 +158,13 @@ def through_memory(rank: int, folder: Path) -> dict[str, Any]:
     """Sums through memory that both see, those of all_reduce, and what is not shared."""
     if not Path("/dev/shm").is_dir():
         return {}
-    place = Path(tempfile.mkdtemp(dir="/dev/shm"))
-    with patch("vadd_pyro.shared_sums._FOLDER", place):
+    with (
+        tempfile.TemporaryDirectory(dir="/dev/shm") as place,
+        patch("vadd_pyro.shared_sums._FOLDER", Path(place)),
+    ):
         found = _through_memory(rank, folder)
-    torch.distributed.barrier()
-    found["left"] = [path.name for path in place.iterdir()]
-    place.rmdir()
+        torch.distributed.barrier()
+        found["left"] = os.listdir(place)
     return found
 
 
