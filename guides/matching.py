@@ -114,7 +114,7 @@ def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
             return ()
         if support is constraints.sphere:
             return ("spherical",) if site.name == "z" else ()
-        if is_real(law) and len(law.event_shape) == 1 and site.name == "z":
+        if is_real(law) and site.name == "z":
             normals = isinstance(law, DiagonalNormal | NormalMixture)
             return (*_REAL, "relative") if normals else _REAL
     discrete = [bool(getattr(site.fn, "has_enumerate_support", False)) for site in sites]
@@ -133,9 +133,12 @@ def _families(sites: list[Site], prior: Any) -> tuple[str, ...]:
 def is_real(law: Any) -> bool:
     """Whether a law is one of vectors of any real numbers."""
     support = law.support
-    return support is constraints.real_vector or (
-        isinstance(support, constraints.independent)
-        and support.base_constraint is constraints.real
+    return len(law.event_shape) == 1 and (
+        support is constraints.real_vector
+        or (
+            isinstance(support, constraints.independent)
+            and support.base_constraint is constraints.real
+        )
     )
 
 
@@ -237,7 +240,7 @@ def _build(
         sizes, supports = {}, {}
         for site in sites:
             shape, support = site.fn.event_shape, site.fn.support
-            if is_real(site.fn) and len(shape) == 1:
+            if is_real(site.fn):
                 sizes[site.name] = shape[0]
             else:
                 sizes[site.name] = biject_to(support).inverse_shape(shape).numel()

@@ -280,6 +280,27 @@ def _error(call: Callable[[], Any]) -> dict[str, Any]:
     return {"kind": "none", "text": ""}
 
 
+class Following:
+    """Rows of each update, and what happens to the second process before."""
+
+    def __init__(self, rank: int, happen: dict[int, Callable[[], Any]]) -> None:
+        self.happen = happen if rank == 1 else {}
+
+    def at(self, iteration: int, batch_size: int) -> Tensor:
+        self.happen.get(iteration, lambda: None)()
+        return X[8 * iteration : 8 * iteration + batch_size]
+
+    def __call__(self, batch_size: int) -> Tensor:
+        raise AssertionError("rows are asked for by iteration")
+
+
+def raising(error: Exception) -> Callable[[], None]:
+    def happen() -> None:
+        raise error
+
+    return happen
+
+
 def failures(rank: int, folder: Path) -> dict[str, Any]:
     """What happens to one of them alone, at update 3."""
 
@@ -288,24 +309,6 @@ def failures(rank: int, folder: Path) -> dict[str, Any]:
             terms = super().terms(*arguments, **named)
             bad = rank == 1 and self.iteration == 3
             return terms._replace(loss=terms.loss * float("nan")) if bad else terms
-
-    class Rows:
-        def __init__(self, happen: Callable[[], Any]) -> None:
-            self.happen = happen
-
-        def at(self, iteration: int, batch_size: int) -> Tensor:
-            if rank == 1 and iteration == 3:
-                self.happen()
-            return X[iteration : iteration + batch_size]
-
-        def __call__(self, batch_size: int) -> Tensor:
-            raise AssertionError("rows are asked for by iteration")
-
-    def raising(error: Exception) -> Callable[[], None]:
-        def happen() -> None:
-            raise error
-
-        return happen
 
     def run(name: str, rows: Any = X, elbo: Any = None, **options: Any) -> dict[str, Any]:
         programs = pair()
@@ -336,9 +339,9 @@ def failures(rank: int, folder: Path) -> dict[str, Any]:
 
     return {
         "nan": run("nan", elbo=Poisoned(PROCESS)),
-        "value": run("value", Rows(raising(ValueError("no such rows")))),
+        "value": run("value", Following(rank, {3: raising(ValueError("no such rows"))})),
         "program": run("program", elbo=Wrong(PROCESS)),
-        "signal": run("signal", Rows(signalling(signal.SIGTERM))),
+        "signal": run("signal", Following(rank, {3: signalling(signal.SIGTERM)})),
         "uneven": run("uneven", batch_size=9),
         "uneven_parts": run("uneven_parts", batch_size=18, accumulate=2),
         "unlike": run("unlike", learning_rate=0.1 * (1 + rank)),
@@ -385,20 +388,6 @@ def as_traced() -> Iterator[list[warnings.WarningMessage]]:
         yield caught
 
 
-class Following:
-    """Rows of each update, and what happens to the second process before."""
-
-    def __init__(self, rank: int, happen: dict[int, Callable[[], Any]]) -> None:
-        self.happen = happen if rank == 1 else {}
-
-    def at(self, iteration: int, batch_size: int) -> Tensor:
-        self.happen.get(iteration, lambda: None)()
-        return X[8 * iteration : 8 * iteration + batch_size]
-
-    def __call__(self, batch_size: int) -> Tensor:
-        raise AssertionError("rows are asked for by iteration")
-
-
 def given_up(rank: int, folder: Path) -> dict[str, Any]:
     """The loss of the second process changes, and the graphs of both are given up."""
     programs, elbo = pair(), MaskedDiffusionELBO(PROCESS, kl_weight=0.5)
@@ -415,13 +404,10 @@ def no_rows(rank: int, folder: Path) -> dict[str, Any]:
     and in another run for one before which they are not.
     """
 
-    def raising() -> None:
-        raise ValueError("no such rows")
-
     options: dict[str, Any] = dict(batch_size=16, progress=False, monitor_every=None, compile=True)
     found = {}
     for iteration in (9, 10):
-        rows = Following(rank, {iteration: raising})
+        rows = Following(rank, {iteration: raising(ValueError("no such rows"))})
         with as_traced():
             found[iteration] = _error(
                 lambda rows=rows: fit(*pair(), annealed(), rows, 13, **options)  # type: ignore[misc]

@@ -77,10 +77,7 @@ class Exchange:
             Exception: as :meth:`Processes.together` does.
         """
         if not self.processes.alone:
-            told = self.empty()
-            self.sum(told)
-            if told[-1] > 0:
-                self.processes.agree_on(None)
+            self(self.empty(), 0.0, 0.0)
 
     def __call__(self, vector: Tensor, loss: float, kl: float) -> tuple[float, float]:
         """Make a vector the sum of those of all processes; also loss and KL, which are returned.
@@ -106,8 +103,7 @@ class Exchange:
             here = all(tensor.device.type == "cpu" for tensor in large)
             self._shared = SharedSums.between(self.processes, num_bytes, here)
             self._room = num_bytes
-        through_memory = {id(t) for t in large} if self._shared is not None else set()
-        others = [t for t in tensors if id(t) not in through_memory]
+        others = [t for t in tensors if self._shared is None or t.numel() < _LARGE]
         with answering():
             for sent in [dist.all_reduce(tensor, async_op=True) for tensor in others]:
                 sent.wait()

@@ -157,11 +157,7 @@ def check_fit(model: Any, process: MaskingProcess, num_rows: Sequence[int] = ())
             f"model must have a prior, as vadd_pyro.models.VADD does; got {type(model).__name__}"
         )
     sites, _ = look_at(prior, process.length, process.vocab_size)
-    if (
-        [site.name for site in sites] != ["z"]
-        or len(sites[0].fn.event_shape) != 1
-        or not is_real(sites[0].fn)
-    ):
+    if [site.name for site in sites] != ["z"] or not is_real(sites[0].fn):
         raise ValueError(
             "the prior must sample one site 'z', a vector of any real numbers, for a mixture of "
             f"normals to take its place; it samples {describe(sites) or 'nothing'}"
