@@ -82,8 +82,10 @@ class RelativeNormal(Program):
     def forward(self, batch: MaskedBatch) -> Tensor:
         shift, raw = self.head(batch).chunk(2, -1)
         tau = softplus(raw)
-        masked = batch.masked.sum(-1, keepdim=True).clamp_min(1)
-        share = batch.target.sum(-1, keepdim=True) / masked
+        masked, target = (
+            which.sum(-1, keepdim=True, dtype=tau.dtype) for which in (batch.masked, batch.target)
+        )
+        share = target / masked.clamp_min(1)
         if self.least_time > 0:
             share = share * (batch.t >= self.least_time).unsqueeze(-1)
         with pyro.plate("data", len(batch), dim=-1):

@@ -25,7 +25,7 @@ LAYERS = [
     {"_version", "history", "names", "rates", "schedules"},
     {"process"},
     {"times", "distributions", "recorder", "programs", "checkpoints", "metrics", "nn", "plotting"},
-    {"finite", "interruption", "locks"},
+    {"allocation", "finite", "interruption", "locks"},
     {"sites", "chains", "data", "models", "guides", "weights", "batches", "distributed"},
     {"annealing", "batching", "compiling", "densities", "divergences", "emptiness", "estimators"},
     {"exchange", "quality", "resuming", "shared_sums"},

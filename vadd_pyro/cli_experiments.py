@@ -298,6 +298,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
 
     import torch
 
+    from vadd_pyro.allocation import keep_freed_memory
     from vadd_pyro.experiments.commands import run_train
     from vadd_pyro.experiments.presets import preset
 
@@ -320,6 +321,7 @@ def _train(arguments: argparse.Namespace, parser: argparse.ArgumentParser) -> in
         parser.error(str(error))
     if arguments.threads is not None:
         torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
     run_train(
         settings,
         arguments.out,

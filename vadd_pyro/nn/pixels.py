@@ -109,8 +109,9 @@ class PixelDecoder(RowDecoder):
         for number, convolution in enumerate(self.convolutions):
             new = silu(convolution(h))
             h = h + new if number else new
-        pixels = torch.cat([h, sketch], 1).permute(0, 2, 3, 1).flatten(1, 2)
-        return pixels.unflatten(0, rows)
+        # Joined pixel by pixel: joined map by map they would be written number by number.
+        both = [numbers.permute(0, 2, 3, 1) for numbers in (h, sketch)]
+        return torch.cat(both, -1).flatten(1, 2).unflatten(0, rows)
 
     def _head(self, h: Tensor) -> Tensor:
         return pixel_logits(self.head, h.flatten(0, -3), self.pixels[0]).unflatten(0, h.shape[:-2])

@@ -1,0 +1,31 @@
+"""Memory that a training frees in one update is needed in the next.
+
+The GNU C library hands large pieces back to the system when they are freed at the end of its
+memory, and has to be given them anew, page by page and filled with zeros. What lies at the end is
+chance: training MNIST's preset on two cores, that took .02 s of an update's .25 s of processor time
+in five runs of eight, and less than .01 s in the others; with memory kept, .0004 s.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import platform
+
+__all__ = ["keep_freed_memory"]
+
+_TRIM_THRESHOLD, _MMAP_THRESHOLD = -1, -3  # of malloc.h
+_LARGE = 2**30
+
+
+def keep_freed_memory() -> bool:
+    """Let this process keep up to a gigabyte that it frees, for what it allocates next.
+
+    For programs that are a training: it holds for the whole process, until it ends.
+
+    Returns:
+        whether it could be set; False where the C library is another one.
+    """
+    if platform.libc_ver()[0] != "glibc":
+        return False
+    library = ctypes.CDLL(None)
+    return all(library.mallopt(name, _LARGE) for name in (_TRIM_THRESHOLD, _MMAP_THRESHOLD))
