@@ -83,7 +83,8 @@ class RelativeNormal(Program):
         shift, raw = self.head(batch).chunk(2, -1)
         tau = softplus(raw)
         masked, target = (
-            which.sum(-1, keepdim=True, dtype=tau.dtype) for which in (batch.masked, batch.target)
+            which.sum(-1, keepdim=True, dtype=batch.t.dtype)
+            for which in (batch.masked, batch.target)
         )
         share = target / masked.clamp_min(1)
         if self.least_time > 0:
