@@ -2,8 +2,8 @@
 
 The GNU C library hands large pieces back to the system when they are freed at the end of its
 memory, and has to be given them anew, page by page and filled with zeros. What lies at the end is
-chance: training MNIST's preset on two cores, that took .02 s of an update's .25 s of processor time
-in five runs of eight, and less than .01 s in the others; with memory kept, .0004 s.
+chance: training MNIST's preset on two cores, that took .02 s of an update's .25 s of processor
+time in five runs of eight, and less than .01 s in the others; with memory kept, .0004 s.
 """
 
 from __future__ import annotations
