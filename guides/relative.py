@@ -82,11 +82,8 @@ class RelativeNormal(Program):
     def forward(self, batch: MaskedBatch) -> Tensor:
         shift, raw = self.head(batch).chunk(2, -1)
         tau = softplus(raw)
-        masked, target = (
-            which.sum(-1, keepdim=True, dtype=batch.t.dtype)
-            for which in (batch.masked, batch.target)
-        )
-        share = target / masked.clamp_min(1)
+        masked = batch.masked.sum(-1, keepdim=True).clamp_min(1)
+        share = batch.target.sum(-1, keepdim=True) / masked
         if self.least_time > 0:
             share = share * (batch.t >= self.least_time).unsqueeze(-1)
         with pyro.plate("data", len(batch), dim=-1):

@@ -2,8 +2,7 @@
 
 The GNU C library hands large pieces back to the system when they are freed at the end of its
 memory, and has to be given them anew, page by page and filled with zeros. What lies at the end is
-chance: training MNIST's preset on two cores, that took .02 s of an update's .25 s of processor
-time in five runs of eight, and less than .01 s in the others; with memory kept, .0004 s.
+chance. docs/performance.md says what it took in training, and what it costs to keep them.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _LARGE = 2**30
 
 
 def keep_freed_memory() -> bool:
-    """Let this process keep up to a gigabyte that it frees, for what it allocates next.
+    """Let this process keep what it frees, in pieces up to a gigabyte, for what it needs next.
 
     For programs that are a training: it holds for the whole process, until it ends.
 
