@@ -6,6 +6,8 @@ import os
 import re
 import subprocess
 import sys
+import threading
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -32,6 +34,7 @@ from vadd_pyro.checkpoints import load_checkpoint
 from vadd_pyro.cli import main
 from vadd_pyro.distributed import Processes, joined
 from vadd_pyro.locks import locked
+from vadd_pyro.shared_sums import SharedSums
 
 TESTS = Path(__file__).parent
 
@@ -323,6 +326,33 @@ def test_sums_through_memory_are_those_of_all_reduce(found, reference):
         assert told["asked"] == sorted(told["asked"])
         assert not told["left"]
     assert torch.equal(one["weights"], two["weights"])
+
+
+@pytest.mark.parametrize(("size", "room"), [(2, 128), (3, 1024), (3, 192), (4, 64)])
+def test_any_number_of_processes_adds_up_through_memory(size, room, monkeypatch):
+    draw = torch.Generator().manual_seed(size)
+    shapes = [(31, 5), (1,), (70,)]
+    kinds = [torch.float32, torch.bfloat16, torch.float32, torch.float64]
+    given = [
+        [torch.randn(shape, generator=draw).to(kind) for kind in kinds for shape in shapes]
+        for _ in range(size)
+    ]
+    expected = [sum(each[1:], each[0]) for each in zip(*given, strict=True)]
+    memory = torch.full((size, room), 255, dtype=torch.uint8)
+    barrier = threading.Barrier(size)
+    monkeypatch.setattr(SharedSums, "_meet", lambda _: barrier.wait(timeout=60))
+
+    def process(rank):
+        add = SharedSums(rank, size, memory)
+        for _ in range(20):  # one that runs ahead would spoil what another still reads
+            found = [value.clone() for value in given[rank]]
+            add(found)
+        return found
+
+    with ThreadPoolExecutor(size) as pool:
+        for found in pool.map(process, range(size)):
+            for value, total in zip(found, expected, strict=True):
+                assert torch.equal(value, total)
 
 
 def test_processes_that_cannot_meet_are_named(monkeypatch):

@@ -1,9 +1,9 @@
 r"""Sums over the processes of one machine, through memory that all of them see.
 
 Between processes of one machine ``all_reduce`` of gloo sends every byte through the machine's own
-network, twice. Here each process lays its numbers out in a part of a shared file, adds up one
-``P``-th of the numbers of all, and reads what the others have added up; only that it has done so
-is told through the process group, which also says when another process is gone.
+network, twice. Here each process adds up one ``P``-th of the numbers of all: the others lay theirs
+out in their parts of a shared file, and read what it has laid out in its own then; only that all
+have done so is told through the process group, which also says when another process is gone.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import os
 import secrets
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
+from itertools import pairwise
 from pathlib import Path
 
 import torch
@@ -36,8 +37,8 @@ class SharedSums:
 
     Args:
         rank, size: which process this is, of how many.
-        memory: ``(size + 1, room)`` bytes that all of them see: a row for each process, and one
-            for the sums.
+        memory: ``(size, room)`` bytes that all of them see, a row for each process; ``room`` is a
+            multiple of 64.
     """
 
     def __init__(self, rank: int, size: int, memory: Tensor) -> None:
@@ -55,13 +56,12 @@ class SharedSums:
             num_bytes: the same for all.
             here: whether the tensors of this process are on the CPU.
         """
-        parts = processes.size + 1
         if processes.alone or not all(processes.gather(here)):
             return None  # having met, they open the file as soon as it is there
         path, memory = None, None
         if processes.first:
             with suppress(OSError, AttributeError):  # not every system has posix_fallocate
-                path = _reserve(num_bytes, parts)
+                path = _reserve(num_bytes, processes.size)
         try:
             told = processes.broadcast(None if path is None else str(path))
             if told is not None:
@@ -73,7 +73,7 @@ class SharedSums:
                 path.unlink(missing_ok=True)  # it is there for as long as it is mapped
         if not seen or memory is None:
             return None
-        return cls(processes.rank, processes.size, memory.view(parts, -1))
+        return cls(processes.rank, processes.size, memory.view(processes.size, -1))
 
     def __call__(self, tensors: Sequence[Tensor]) -> None:
         """Make contiguous tensors on the CPU the sums of those of all processes, which are bit for
@@ -89,18 +89,34 @@ class SharedSums:
 
     def _add(self, piece: list[Tensor], rows: Tensor) -> None:
         """Sums of so many numbers as a row of the memory has, or fewer."""
-        sizes = [len(part) for part in piece]
-        length = sum(sizes)
-        torch._foreach_copy_(list(rows[self.rank, :length].split(sizes)), piece)
+        # The same places for every piece and precision, or one that runs ahead would write to what
+        # another still reads.
+        unit = _UNIT // rows.element_size()
+        units, length = rows.shape[1] // unit, sum(map(len, piece))
+        ends = [min(unit * (units * rank // self.size), length) for rank in range(self.size)]
+        edges = [*ends, length]
+        shares = [_between(piece, start, end) for start, end in pairwise(edges)]
+
+        def room(whose: int, share: int) -> Sequence[Tensor]:
+            """What a process's row has for the share of another, cut as that is here."""
+            start, end = edges[share : share + 2]
+            return rows[whose, start:end].split([len(part) for part in shares[share]])
+
+        others = [rank for rank in range(self.size) if rank != self.rank]
+        for rank in others:
+            _copy(shares[rank], room(self.rank, rank))
         self._meet()
-        start, end = (length * rank // self.size for rank in (self.rank, self.rank + 1))
-        total = rows[-1, start:end]
-        torch.add(rows[0, start:end], rows[1, start:end], out=total)
-        for other in rows[2:-1, start:end]:
-            total += other
+        own, total = shares[self.rank], room(self.rank, self.rank)
+        terms = [own if r == self.rank else room(r, self.rank) for r in range(self.size)]
+        for result, first, second, *more in zip(total, *terms, strict=True):
+            torch.add(first, second, out=result)
+            for term in more:
+                result += term
         self._meet()
         # Nobody writes to the sums before all have met again, having read them.
-        torch._foreach_copy_(piece, list(rows[-1, :length].split(sizes)))
+        _copy(total, own)
+        for rank in others:
+            _copy(room(rank, rank), shares[rank])
 
     def _meet(self) -> None:
         """Go on when all processes are here."""
@@ -134,6 +150,21 @@ def _opened(path: str) -> Tensor:
         return torch.frombuffer(mmap.mmap(descriptor, 0), dtype=torch.uint8)
     finally:
         os.close(descriptor)
+
+
+def _copy(numbers: Sequence[Tensor], places: Sequence[Tensor]) -> None:
+    for of, to in zip(numbers, places, strict=True):
+        to.copy_(of)
+
+
+def _between(piece: Sequence[Tensor], start: int, end: int) -> list[Tensor]:
+    """The numbers of vectors in a row from one to before another."""
+    found = []
+    for part in piece:
+        if start < len(part) and end > 0:
+            found.append(part[max(start, 0) : end])
+        start, end = start - len(part), end - len(part)
+    return found
 
 
 def _pieces(tensors: Sequence[Tensor], length: int) -> Iterator[list[Tensor]]:

@@ -19,12 +19,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import logsigmoid
 
 __all__ = ["row_scores", "shared_row_scores"]
 
 # Torch's kernels on the CPU are slow on fewer tokens, which tells where there are many of them.
 _FEW = 16
 _MANY = 2**13
+_BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}  # by bytes
 
 
 def row_scores(logits: Tensor, value: Tensor, target: Tensor | None = None) -> Tensor:
@@ -41,11 +43,13 @@ def row_scores(logits: Tensor, value: Tensor, target: Tensor | None = None) -> T
     """
     hidden = None if target is None else ~target
     if hidden is not None:
-        value = value.masked_fill(hidden, 0)
+        value = value * ~hidden
     shape = logits.shape[:-1]
     if value.shape != shape:
         shape = torch.broadcast_shapes(value.shape, shape)
         logits, value = logits.expand(shape + logits.shape[-1:]), value.expand(shape)
+    if logits.shape[-1] == 2:
+        return _BinaryRowScores.apply(logits, value, hidden)
     return _RowScores.apply(logits, value.unsqueeze(-1), hidden)
 
 
@@ -66,7 +70,7 @@ def shared_row_scores(
     length, vocab_size = logits.shape[-2:]
     hidden = None if target is None else ~target
     if hidden is not None:
-        value = value.masked_fill(hidden, 0)
+        value = value * ~hidden
     position = torch.arange(length, device=value.device)
     entry = (row.unsqueeze(-1) * length + position) * vocab_size + value
     return _SharedRowScores.apply(logits, row, entry, hidden)
@@ -104,7 +108,13 @@ def _probabilities(logits: Tensor) -> Tensor:
 
 
 def _shown(value: Tensor, hidden: Tensor | None) -> Tensor:
-    return value if hidden is None else value.masked_fill(hidden, 0.0)
+    """Zero where it is hidden, whatever stands there, by its bits: ``masked_fill`` takes
+    processors one position at a time.
+    """
+    if hidden is None:
+        return value
+    bits = _BITS[value.element_size()]
+    return (value.view(bits) & (hidden.to(bits) - 1)).view(value.dtype)
 
 
 def _per_position(outer: Tensor, hidden: Tensor | None, length: int) -> Tensor:
@@ -112,7 +122,9 @@ def _per_position(outer: Tensor, hidden: Tensor | None, length: int) -> Tensor:
     outer = outer.unsqueeze(-1)
     if hidden is None:
         return outer.expand(*outer.shape[:-1], length)
-    return outer.masked_fill(hidden, 0.0)
+    if torch.is_grad_enabled():
+        return outer.masked_fill(hidden, 0.0)
+    return _shown(outer, hidden)
 
 
 class _RowScores(torch.autograd.Function):
@@ -132,6 +144,26 @@ class _RowScores(torch.autograd.Function):
         if torch.is_grad_enabled():
             return (p * -factor).scatter_add(-1, index, factor), None, None
         return p.mul_(-factor).scatter_add_(-1, index, factor), None, None
+
+
+class _BinaryRowScores(torch.autograd.Function):
+    """Of two tokens the log-odds say all: nothing is looked up, so that processors go through many
+    positions at a time.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, value: Tensor, hidden: Tensor | None) -> Tensor:
+        ctx.save_for_backward(logits, value, hidden)
+        odds = logits[..., 1] - logits[..., 0]
+        return _shown(logsigmoid(odds * (2 * value - 1)), hidden).sum(-1)
+
+    @staticmethod
+    def backward(ctx: Any, *outer: Tensor) -> tuple[Tensor, None, None]:
+        logits, value, hidden = ctx.saved_tensors
+        p = torch.sigmoid(logits[..., 1] - logits[..., 0])
+        factor = _per_position(outer[0].to(p.dtype), hidden, value.shape[-1])
+        of_one = ((value - p) * factor).unsqueeze(-1)
+        return of_one * of_one.new_tensor([-1.0, 1.0]), None, None
 
 
 class _SharedRowScores(torch.autograd.Function):

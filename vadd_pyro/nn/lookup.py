@@ -100,7 +100,8 @@ def indicated_layer(
     if not _by_indicators(layer, tables, ids[0]):
         return None
     for table, index in zip(tables, ids, strict=True):
-        embedding(index, table.weight.detach()[:, :1])  # refuses what is no token
+        extremes = torch.stack(index.aminmax())
+        embedding(extremes, table.weight.detach()[:, :1])  # refuses what is no token
     return _indicated(layer, [table.weight for table in tables], ids)
 
 
@@ -127,18 +128,21 @@ def _by_indicators(layer: nn.Linear, tables: Sequence[nn.Embedding], ids: Tensor
 
 def _indicated(layer: nn.Linear, tables: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
     """The layer as a function of indicators."""
-    weight = layer.weight.unflatten(1, (ids[0].shape[-1], -1))  # (width, D, e)
     first = torch.stack([table[0] for table in tables]).sum(0)
-    h = weight.sum(1) @ first
+    vectors = torch.cat([first.unsqueeze(0), *(table[1:] - table[0] for table in tables)])
+    # In this order the long matrix is read, and its gradient written, once.
+    made = vectors @ layer.weight.reshape(-1, vectors.shape[1]).t()
+    base, *changes = made.unflatten(1, (len(layer.weight), -1)).split(
+        [1, *(len(table) - 1 for table in tables)]
+    )
+    h = base[0].sum(-1)
     if layer.bias is not None:
         h = h + layer.bias
-    for table, index in zip(tables, ids, strict=True):
+    for table, index, change in zip(tables, ids, changes, strict=True):
         # Indicators of one token lie side by side, which processors compare many at a time.
         token = torch.arange(1, len(table), device=index.device).unsqueeze(-1)
-        indicators = (index.unsqueeze(-2) == token).to(weight.dtype).flatten(-2)
-        # Product by product, since libraries are slow at those of two or three columns.
-        changes = torch.stack([weight @ change for change in table[1:] - table[0]], 1)
-        h = h + linear(indicators, changes.flatten(1))
+        indicators = (index.unsqueeze(-2) == token).to(h.dtype).flatten(-2)
+        h = h + linear(indicators, change.transpose(0, 1).flatten(1))
     return h
 
 
