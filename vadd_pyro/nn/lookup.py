@@ -107,23 +107,24 @@ def indicated_layer(
 
 def _by_indicators(layer: nn.Linear, tables: Sequence[nn.Embedding], ids: Tensor) -> bool:
     """Whether indicators take fewer multiplications, and give the same."""
-    plain = (
+    if not all(type(table) is nn.Embedding for table in tables):
+        return False
+    rows = ids.numel() // ids.shape[-1]
+    size = tables[0].embedding_dim
+    number = sum(table.num_embeddings - 1 for table in tables)
+    # Forward, gradients by weights and, of vectors, by what is put in; weights are made once.
+    cost = 2 * number * rows + 3 * _MAKING * number * size
+    if number > size or cost > _MARGIN * 3 * size * rows:
+        return False
+    return (
         torch.is_grad_enabled()
         and type(layer) is nn.Linear
         and is_plain(layer, *tables)
         and not torch.is_autocast_enabled(layer.weight.device.type)
-        and all(type(t) is nn.Embedding and t.max_norm is None for t in tables)
-        and all(t.padding_idx is None and not t.scale_grad_by_freq for t in tables)
-        and all(t.weight.dtype == layer.weight.dtype and not t.sparse for t in tables)
+        and all(table.max_norm is None and table.padding_idx is None for table in tables)
+        and not any(table.scale_grad_by_freq or table.sparse for table in tables)
+        and all(table.weight.dtype == layer.weight.dtype for table in tables)
     )
-    if not plain:
-        return False
-    rows = ids.numel() // ids.shape[-1]
-    size = tables[0].embedding_dim
-    number = sum(t.num_embeddings - 1 for t in tables)
-    # Forward, gradients by weights and, of vectors, by what is put in; weights are made once.
-    cost = 2 * number * rows + 3 * _MAKING * number * size
-    return number <= size and cost <= _MARGIN * 3 * size * rows
 
 
 def _indicated(layer: nn.Linear, tables: Sequence[Tensor], ids: Sequence[Tensor]) -> Tensor:
