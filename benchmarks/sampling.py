@@ -29,6 +29,7 @@ from typing import Any, NamedTuple
 import pyro
 import torch
 from common import SIZES, Size, medians, one_core
+from hand import plain
 from torch import Tensor, nn
 
 from vadd_pyro import MaskingProcess, models, sample
@@ -139,7 +140,7 @@ def samplers(case: Case, compiled: bool) -> dict[str, Callable[[int], Any]]:
     model, latents, process = make(case)
     model.requires_grad_(False).eval()
     rows = case.size.sample_rows
-    bare = Bare(model.decoder)
+    bare = Bare(plain(model.decoder))
     variants: dict[str, Callable[[int], Any]] = {
         "naive": lambda steps: naive_sampler(bare, latents, process, rows, steps),
         "package": lambda steps: sample(model, process, rows, steps),
@@ -147,7 +148,7 @@ def samplers(case: Case, compiled: bool) -> dict[str, Callable[[int], Any]]:
     if compiled:
         torch.compiler.reset()  # or the cases before count as recompilations of the same code
         # A copy, so that what the package compiles in place is not compiled twice.
-        fast = torch.compile(Bare(copy.deepcopy(model.decoder)), dynamic=False)
+        fast = torch.compile(Bare(plain(copy.deepcopy(model.decoder))), dynamic=False)
         variants["naive compiled"] = lambda steps: naive_sampler(
             fast, latents, process, rows, steps
         )

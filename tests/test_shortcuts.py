@@ -27,7 +27,7 @@ from vadd_pyro import nn as backbones
 from vadd_pyro.distributions import DeferredLogits, position_logits
 from vadd_pyro.nn import MLPDecoder, TransformerDecoder, chosen, lookup, sharing, shortcuts
 from vadd_pyro.nn.conditioning import TokenCode
-from vadd_pyro.nn.memory import RowMemory, row_memory
+from vadd_pyro.nn.memory import Change, RowMemory, row_memory
 
 SIZES: dict[str, dict[str, Any]] = {
     "MLP": dict(hidden_dim=16, num_layers=2, embedding_dim=4),
@@ -322,6 +322,44 @@ def test_looked_up_sums_are_the_layer_through_any_changes(learned):
             layer = nn.Linear(length * (6 if learned else vocab_size), 7, bias=False)
     check(RowMemory(rows + 1), None)  # a memory for other rows is left alone
     assert row_memory() is None
+
+
+@pytest.mark.usefixtures("_always")
+@pytest.mark.parametrize("spoilt", ["nothing", "tokens", "tokens before", "sums"])
+@pytest.mark.parametrize("inference", [False, True], ids=["", "inference mode"])
+def test_sums_notice_what_is_written_to_what_they_share(spoilt, inference, monkeypatch):
+    vocab_size, length, rows = 4, 10, 40
+    layer, tokens = nn.Linear(length * 6, 7), nn.Embedding(vocab_size + 1, 6)
+    told = []
+    between = Change.between
+
+    def noted(self, before, after):
+        told.append(between(self, before, after))
+        return told[-1]
+
+    monkeypatch.setattr(Change, "between", noted)
+    with torch.inference_mode(inference), torch.no_grad():
+        x = torch.full((rows, length), vocab_size)
+        memory = RowMemory(rows)
+        for step in range(8):
+            before, x = x, x.clone()
+            masked = (x == vocab_size).view(-1).nonzero().squeeze(-1)
+            positions = masked[torch.rand(len(masked)) < 0.1]
+            x.view(-1)[positions] = torch.randint(vocab_size, positions.shape)
+            if step and not inference:
+                memory.change = Change(before, x, x._version, positions)
+            if spoilt.startswith("tokens"):
+                (before if spoilt == "tokens before" else x)[3] = step % vocab_size
+            with memory:
+                found = lookup.token_layer(layer, tokens, x)
+            expected = layer(tokens(x).flatten(-2))
+            torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
+            if spoilt == "sums":
+                found += 1
+    taken = [positions is not None for positions in told]
+    assert len(taken) == (0 if inference else 7)
+    # The first call keeps what it was shown, the next ones what they were told differs from it.
+    assert all(taken) if spoilt == "nothing" else not any(taken)
 
 
 @pytest.mark.usefixtures("_always")

@@ -21,7 +21,7 @@ from vadd_pyro.distributions import (
     position_logits,
     token_logits,
 )
-from vadd_pyro.nn.memory import RowMemory
+from vadd_pyro.nn.memory import Change, RowMemory
 from vadd_pyro.orders import Pick
 from vadd_pyro.process import MaskedBatch, MaskingProcess
 from vadd_pyro.recorder import Recorder, Site
@@ -33,7 +33,8 @@ __all__ = ["Generator", "Latents", "Rows"]
 
 class Generator(Recorder):
     """Runs a program forward and draws its tokens only where they are wanted; then holds the rows
-    ``x`` and which of their positions are ``masked``.
+    ``x``, which of their positions are ``masked``, and, if it has drawn some of them only, the
+    ``index`` of those.
 
     Args:
         batch: what the program is run on; tokens are drawn at its targets, unless ``pick`` says
@@ -61,6 +62,7 @@ class Generator(Recorder):
         self.found = False
         self.x = batch.x_t
         self.masked = batch.masked
+        self.index: Tensor | None = None
 
     def _process_message(self, msg: Any) -> None:
         if msg["type"] == "sample" and msg["name"] == "x_0":
@@ -102,6 +104,7 @@ class Generator(Recorder):
             return tokens
         self.x = batch.x_t.clone()
         self.x.view(-1).index_copy_(0, index, drawn)
+        self.index = index
         self.masked = batch.masked & ~wanted
         tokens = torch.zeros_like(self.x)
         tokens.view(-1).index_copy_(0, index, drawn)
@@ -198,8 +201,11 @@ class Rows:
                 f"{sorted(generator.sites)}"
             )
         self._keep(generator.sites, rows, redraw is not None)
+        self.memory.change = None
         if all_rows:  # a program may hold on to what it was shown, so that is never written to
             self.x, self.masked = generator.x, generator.masked
+            if generator.index is not None and not self.x.is_inference():
+                self.memory.change = Change(x_t, self.x, self.x._version, generator.index)
         else:
             self.x.index_copy_(0, rows, generator.x)
             self.masked.index_copy_(0, rows, generator.masked)

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, linear
 
 from vadd_pyro.nn.conditioning import TokenCode
-from vadd_pyro.nn.memory import row_memory
+from vadd_pyro.nn.memory import Change, row_memory
 from vadd_pyro.nn.shortcuts import is_plain, may_shorten, row_starts
 
 __all__ = ["indicated_layer", "token_layer"]
@@ -76,11 +76,11 @@ def _looked_up(layer: nn.Linear, tokens: nn.Module, x_t: Tensor) -> Tensor | Non
         return None
     memory = row_memory()
     if memory is None or len(memory) != num_rows:
-        return _Sums(layer, codes, num_rows).of(x_t, None, keep=False)
+        return _Sums(layer, codes, num_rows).of(x_t, None, None, keep=False)
     sums = memory.held.get(id(layer))
     if sums is None or not sums.holds(layer, codes):
         sums = memory.held[id(layer)] = _Sums(layer, codes, memory.num_rows)
-    return sums.of(x_t, memory.rows)
+    return sums.of(x_t, memory.rows, memory.change)
 
 
 def indicated_layer(
@@ -165,8 +165,13 @@ class _Sums:
         base = self.weight.sum(1) @ codes[-1]
         self.base = base if layer.bias is None else base + layer.bias
         self.table: Tensor | None = None
+        self._start()
+
+    def _start(self) -> None:
+        """All rows are masks."""
         self.x: Tensor | None = None  # tokens, None for masks
-        self.h = self.base.expand(num_rows, -1)
+        self.h = self.base.expand(self.num_rows, -1)
+        self.shared: tuple[int, int] | None = None  # versions of both, if others have them too
 
     def holds(self, layer: nn.Linear, codes: Tensor) -> bool:
         """Whether this was computed with the parameters as they are."""
@@ -175,21 +180,36 @@ class _Sums:
             return False
         return self.versions == [p._version for p in self.parameters if p is not None]
 
-    def of(self, x_t: Tensor, rows: Tensor | None, keep: bool = True) -> Tensor | None:
+    def _spoilt(self) -> bool:
+        """Whether somebody has written to what was shown or given."""
+        if self.x is None or self.shared is None:
+            return False
+        return self.shared != (self.x._version, self.h._version)
+
+    def of(
+        self, x_t: Tensor, rows: Tensor | None, change: Change | None, keep: bool = True
+    ) -> Tensor | None:
         """The sums of some rows, ``(n, width)``; None where a dense layer is faster.
 
         Args:
             x_t: their tokens, ``(n, D)``.
             rows: which they are, ``(n,)``; None for all.
+            change: where all of them differ from those of the call before, if that is known.
             keep: whether there will be a next time.
         """
+        if self._spoilt():
+            self._start()
         x, h = self.x, self.h
         if rows is not None:
             x = None if x is None else x.index_select(0, rows)
             h = h.index_select(0, rows)
         length = x_t.shape[1]
-        differ = x_t != (self.vocab_size if x is None else x)
-        changed = differ.reshape(-1).nonzero().squeeze(-1)
+        changed = None
+        if rows is None and change is not None:
+            changed = change.between(x, x_t)
+        if changed is None:
+            differ = x_t != (self.vocab_size if x is None else x)
+            changed = differ.reshape(-1).nonzero().squeeze(-1)
         new = length * self.vocab_size * self.size if self.table is None else 0
         if len(changed) * _LOOKUP + new > x_t.numel() * self.size:
             return None
@@ -216,10 +236,19 @@ class _Sums:
         return embedding_bag(entry, self.table, ends, mode="sum", include_last_offset=True)
 
     def _keep(self, x_t: Tensor, h: Tensor, rows: Tensor | None) -> None:
-        """Copies, for a caller may write to what it gave or got."""
+        """Remember rows: all of them by the tensors that were shown and given, which a caller may
+        write to; some of them in copies.
+        """
+        if rows is None and not (x_t.is_inference() or h.is_inference()):
+            self.x, self.h = x_t, h
+            self.shared = x_t._version, h._version
+            return
         if self.x is None:
             self.x = x_t.new_full((self.num_rows, x_t.shape[1]), self.vocab_size)
             self.h = self.h.clone()
+        elif self.shared is not None:
+            self.x, self.h = self.x.clone(), self.h.clone()
+        self.shared = None
         if rows is None:
             self.x.copy_(x_t)
             self.h.copy_(h)

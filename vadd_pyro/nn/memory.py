@@ -14,13 +14,33 @@ computed from beside what it computed, and compare: nobody promises that it is s
 from __future__ import annotations
 
 from contextvars import ContextVar, Token
-from typing import Any
+from typing import Any, NamedTuple
 
 from torch import Tensor
 
-__all__ = ["RowMemory", "row_memory"]
+__all__ = ["Change", "RowMemory", "row_memory"]
 
 _CURRENT: ContextVar[RowMemory | None] = ContextVar("row_memory", default=None)
+
+
+class Change(NamedTuple):
+    """Where a call shows other tokens than one before it, if nobody writes to them meanwhile.
+
+    Args:
+        before, after: tokens of both calls, ``(B, D)``, the very tensors.
+        version: of ``after``, as torch counts what is written to it.
+        positions: which differ, ``(n,)`` long into the ``B D``, increasing.
+    """
+
+    before: Tensor
+    after: Tensor
+    version: int
+    positions: Tensor
+
+    def between(self, before: Tensor | None, after: Tensor) -> Tensor | None:
+        """The positions, if these are those tokens; ``before`` has not been written to."""
+        same = before is self.before and after is self.after and after._version == self.version
+        return self.positions if same else None
 
 
 class RowMemory:
@@ -31,12 +51,14 @@ class RowMemory:
 
     Attributes:
         rows: which of them the next call shows, ``(n,)`` long; None for all.
+        change: where it shows all of them and they differ from a call before, if that is known.
         held: what a layer keeps, by a key of its own.
     """
 
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
         self.rows: Tensor | None = None
+        self.change: Change | None = None
         self.held: dict[Any, Any] = {}
         self._token: Token[RowMemory | None] | None = None
 
