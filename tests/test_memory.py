@@ -103,6 +103,17 @@ def test_scores_and_gradients_are_those_of_a_cross_entropy(vocab_size, rows):
     assert (grad[~target] == 0).all()
 
 
+@pytest.mark.parametrize("vocab_size", [2, 5, 40])
+@pytest.mark.parametrize("token", [-1, None])
+def test_other_values_than_tokens_are_refused(vocab_size, token):
+    logits, x = torch.randn(4, 3, vocab_size), torch.zeros(4, 3, dtype=torch.long)
+    x[1, 2] = vocab_size if token is None else token
+    with pytest.raises((IndexError, RuntimeError), match="out of"):
+        row_scores(logits, x)
+    assert torch.isfinite(row_scores(logits, x, x == 0)).all()
+    assert row_scores(logits[:0], x[:0]).shape == (0,)
+
+
 @pytest.mark.parametrize("vocab_size", [3, 20])
 def test_logits_may_lie_in_any_order(vocab_size):
     row, x = torch.randint(40, (60,)), torch.randint(vocab_size, (60, 4))

@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.functional import logsigmoid
+from torch.nn.functional import embedding, logsigmoid
 
 __all__ = ["row_scores", "shared_row_scores"]
 
@@ -40,6 +40,9 @@ def row_scores(logits: Tensor, value: Tensor, target: Tensor | None = None) -> T
 
     Returns:
         ``(...)`` nats.
+
+    Raises:
+        IndexError: for values outside ``0..K-1`` at positions that are scored.
     """
     hidden = None if target is None else ~target
     if hidden is not None:
@@ -49,6 +52,8 @@ def row_scores(logits: Tensor, value: Tensor, target: Tensor | None = None) -> T
         shape = torch.broadcast_shapes(value.shape, shape)
         logits, value = logits.expand(shape + logits.shape[-1:]), value.expand(shape)
     if logits.shape[-1] == 2:
+        if value.numel():
+            embedding(torch.stack(value.aminmax()), logits.new_empty(2, 1))  # refuses others
         return _BinaryRowScores.apply(logits, value, hidden)
     return _RowScores.apply(logits, value.unsqueeze(-1), hidden)
 
