@@ -109,6 +109,7 @@ def speed(record: Record) -> str:
         for called, words, by_hand, by_compiler, suffix in shown:
             compiled = seconds[f"compiled{suffix}"] / base
             half = seconds.get(f"compiled bfloat16{suffix}")  # older records have none
+            products = seconds.get(f"products{suffix}")
             rows.append(
                 [
                     called,
@@ -118,14 +119,15 @@ def speed(record: Record) -> str:
                     ratio(seconds[f"user{suffix}"] / base, user),
                     ratio(seconds[f"package{suffix}"] / base, package),
                     ratio(compiled, graph),
+                    "" if products is None else ratio(products / base),
                     "" if suffix else ratio(other),
                     ratio(None if other is None else compiled / other),
                     ratio(None if half is None else half / base),
                 ]
             )
     head = ["size", "", "by hand, ms", "by hand, `torch.compile`", "user model (target)"]
-    head += ["package (target)", "package, one graph (target)", "NumPyro, jit"]
-    head += ["one graph / NumPyro", "one graph, bfloat16"]
+    head += ["package (target)", "package, one graph (target)", "its products alone"]
+    head += ["NumPyro, jit", "one graph / NumPyro", "one graph, bfloat16"]
     note = numpyro_note(record, "training")
     return f"{caption(record)}\n\n{table(head, rows)}{note}"
 

@@ -3,7 +3,8 @@
 Networks and arithmetic are equal on both sides; variants take turns, and what is printed is the
 ratio of medians over the rounds to the hand-written loop (``hand.py``) as it stands. That loop
 under ``torch.compile``, the whole update as one graph (in bfloat16, too), the same without rows in
-which nothing is masked (``drop_empty_rows``), and NumPyro where that is installed, take part.
+which nothing is masked (``drop_empty_rows``), the products of matrices of its step and nothing
+else, and NumPyro where that is installed, take part.
 Usage:
 
     python benchmarks/speed.py [--sizes tiny,toy256] [--rounds 30] [--threads 1] [--json FILE]
@@ -27,13 +28,13 @@ import pyro.distributions as dist
 import torch
 from common import SIZES, TARGETS, Size, medians, one_core
 from hand import normal_loss, optimiser, plain, training_step
-from package import graph_step, program_step
+from package import graph_step, products_of, program_step
 from torch import Tensor, nn
 
 from vadd_pyro import MaskedDiffusionELBO, MaskingProcess, guides, models
 from vadd_pyro.nn import MLPDecoder, MLPEncoder
 
-_PROGRAMS = ("user", "package", "compiled", "compiled bfloat16")
+_PROGRAMS = ("user", "package", "compiled", "products", "compiled bfloat16")
 
 
 class Trunk(nn.Module):
@@ -159,6 +160,7 @@ def time_training(name: str, rounds: int) -> dict[str, float]:
         if suffix and elbo.kept_rows.number(elbo.law, x_0) == len(x_0):
             break  # few are empty
         variants |= {
+            f"products{suffix}": products_of(program_step(elbo, *programs(), x_0)),
             f"user{suffix}": program_step(elbo, *user(), x_0),
             f"package{suffix}": program_step(elbo, *programs(), x_0),
             f"compiled{suffix}": graph_step(elbo, *programs(), x_0),
@@ -191,7 +193,7 @@ def main() -> int:
     print(
         f"{'training step':<18} {'hand, ms':>9} {'compiled':>9} {'user model':>11} "
         f"{'target':>7} {'package':>8} {'target':>7} {'compiled':>9} {'target':>7} "
-        f"{'bfloat16':>9} {'numpyro':>8}"
+        f"{'products':>9} {'bfloat16':>9} {'numpyro':>8}"
     )
     with pyro.settings.context(module_local_params=True), pyro.validation_enabled(False):
         for name in names:
@@ -203,12 +205,14 @@ def main() -> int:
             for suffix in ("", " dropping"):
                 if f"user{suffix}" not in seconds:
                     continue
-                user, package, graph, half = (seconds[k + suffix] / base for k in _PROGRAMS)
+                user, package, graph, products, half = (
+                    seconds[k + suffix] / base for k in _PROGRAMS
+                )
                 print(
                     f"{name + suffix:<18} {1e3 * base:>9.3f} "
                     f"{seconds['yardstick compiled'] / base:>9.3f} "
                     f"{user:>11.3f} {targets[0]:>7} {package:>8.3f} {targets[1]:>7} "
-                    f"{graph:>9.3f} {targets[2]:>7} {half:>9.3f} {other}",
+                    f"{graph:>9.3f} {targets[2]:>7} {products:>9.3f} {half:>9.3f} {other}",
                     flush=True,
                 )
     if arguments.json:

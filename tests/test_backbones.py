@@ -456,6 +456,14 @@ def test_perceptrons_give_float32_under_autocast():
         assert 0 < (one - other).abs().max() < 0.1
 
 
+def test_last_layers_may_have_weights_that_are_products():
+    decoder = make("MLP", "Decoder", 2)
+    torch.nn.utils.parametrizations.orthogonal(decoder.head)
+    batch, z = rows(), torch.randn(5, 2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert decoder(batch.x_t, z, batch.t).dtype == torch.float32
+
+
 @FAMILIES
 def test_double_precision_is_kept(family):
     net = make(family, "Decoder", 2)

@@ -937,6 +937,20 @@ def test_the_module_form_has_the_same_loss_and_gradient():
         assert torch.equal(compiled(X[:16]), alone)
 
 
+@pytest.mark.parametrize("token", [2, -1])
+def test_the_module_form_refuses_what_is_no_token(token):
+    pyro.set_rng_seed(0)
+    process = MaskingProcess(2, 8)
+    decoder = MLPDecoder(process, 0, hidden_dim=16, num_layers=1, embedding_dim=4)
+    compiled = CompiledLoss(MaskedDiffusionELBO(process)(models.MDM(decoder), guides.NoLatent()))
+    x = torch.randint(2, (300, 8))
+    with pyro.validation_enabled(False):
+        assert compiled(x).isfinite()
+        x[1] = token
+        with pytest.raises((IndexError, RuntimeError), match="out of"):
+            compiled(x)
+
+
 def test_the_module_form_says_why_it_runs_uncompiled_and_takes_no_other_loss():
     model, guide = odd("values")
     compiled = CompiledLoss(annealed()(model, guide))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pyro
 import pyro.distributions as dist
 import pytest
@@ -348,6 +349,7 @@ def test_sums_notice_what_is_written_to_what_they_share(spoilt, inference, monke
             x.view(-1)[positions] = torch.randint(vocab_size, positions.shape)
             if step and not inference:
                 memory.change = Change(before, x, x._version, positions)
+            memory.shown = x
             if spoilt.startswith("tokens"):
                 (before if spoilt == "tokens before" else x)[3] = step % vocab_size
             with memory:
@@ -355,11 +357,56 @@ def test_sums_notice_what_is_written_to_what_they_share(spoilt, inference, monke
             expected = layer(tokens(x).flatten(-2))
             torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
             if spoilt == "sums":
-                found += 1
+                found[0] += 1
     taken = [positions is not None for positions in told]
     assert len(taken) == (0 if inference else 7)
     # The first call keeps what it was shown, the next ones what they were told differs from it.
     assert all(taken) if spoilt == "nothing" else not any(taken)
+
+
+@pytest.mark.usefixtures("_always")
+def test_sums_of_other_tokens_than_a_sampler_shows_are_kept_in_copies():
+    process = MaskingProcess(2, 30)
+    net, errors = make("MLP", process), []
+
+    class Turned(nn.Module):
+        """Writes to a buffer of its own, past torch's counts."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.net, self.length, self.vocab_size = net, 30, 2
+            self.held = np.empty((50, 30), dtype=np.int64)
+
+        def forward(self, x_t, z, t):
+            held = self.held[: len(x_t)]
+            np.copyto(held, x_t.numpy()[:, ::-1])
+            x = torch.from_numpy(held)
+            found = lookup.token_layer(net.tokens, net.embedding, x)
+            with torch.enable_grad():
+                expected = net.tokens(net.embedding(x).flatten(-2))
+            errors.append(float((found - expected).abs().max()))
+            return net(x, z, t).flip(-2)
+
+    sample(models.VADD(Turned(), models.StandardNormal(2)), process, 50, 6, seed=0, batch_size=50)
+    assert len(errors) >= 6
+    assert max(errors) < 1e-4
+
+
+@pytest.mark.usefixtures("_always")
+def test_sums_that_inference_mode_has_copied_can_be_written_to_outside_of_it():
+    layer, tokens = nn.Linear(10 * 6, 7), nn.Embedding(5, 6)
+    memory = RowMemory(40)
+    x = torch.full((40, 10), 4)
+    for step in range(6):
+        which = None if step == 0 else torch.arange(step, 40, 2)
+        x = x.clone()
+        x[:, step] = step % 4
+        memory.rows, memory.shown = which, x if which is None else None
+        shown = x if which is None else x[which]
+        with memory, torch.inference_mode(step % 3 == 1), torch.no_grad():
+            found = lookup.token_layer(layer, tokens, shown)
+            expected = layer(tokens(shown).flatten(-2))
+        torch.testing.assert_close(found, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.usefixtures("_always")

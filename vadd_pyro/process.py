@@ -246,8 +246,14 @@ class MaskingProcess:
         x_t = x_0.masked_fill(masked, self.mask_id)
         return MaskedBatch(x_t, times, masked, target, x_0, weight)
 
-    def reveal_steps(self, shape: tuple[int, ...], grid: Tensor, device: torch.device) -> Tensor:
-        """At which step of a grid each token is revealed, ``shape`` long in ``1..T``.
+    def reveal_steps(
+        self,
+        shape: tuple[int, ...],
+        grid: Tensor,
+        device: torch.device,
+        dtype: torch.dtype = torch.long,
+    ) -> Tensor:
+        """At which step of a grid each token is revealed, ``shape`` integers in ``1..T``.
 
         Step ``i`` leads from ``t_i`` to ``t_{i-1}``, so a sampler visits ``T`` first. A token
         falls in step ``i`` with probability ``alpha(t_{i-1}) - alpha(t_i)``, over ``1 -
@@ -256,19 +262,23 @@ class MaskingProcess:
         Args:
             shape: ``(B, D)``.
             grid: ``(T + 1,)`` shared by all rows, or ``(B, T + 1)``.
+            device: where.
+            dtype: of the integers.
         """
         if grid.shape[-1] == 2:
-            return torch.ones(shape, dtype=torch.long, device=device)
+            return torch.ones(shape, dtype=dtype, device=device)
         edges = 1 - self.schedule.alpha(grid.to(device))
         last = edges[..., -1:]
-        u = torch.rand(shape, device=device, dtype=edges.dtype) * last
+        u = torch.rand(shape, device=device, dtype=edges.dtype)
+        if last.dim() > 1 or float(last) != 1:
+            u *= last
         inner = edges[..., 1:-1].contiguous()
         if inner.dim() > 1 or len(inner) > _FEW_EDGES:
-            return torch.searchsorted(inner, u, right=True) + 1
+            return (torch.searchsorted(inner, u, right=True) + 1).to(dtype)
         steps = torch.ones(shape, dtype=torch.uint8, device=device)
-        for edge in inner:
+        for edge in inner.tolist():
             steps += u >= edge
-        return steps.long()
+        return steps.to(dtype)
 
     def step_batch(
         self, x_0: Tensor, steps: Tensor, step: Tensor | int, grid: Tensor

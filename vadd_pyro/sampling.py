@@ -222,9 +222,11 @@ def _reveal_random(rows: Rows, grids: Tensor) -> None:
         if len(chosen):
             rows.advance(chosen, times[chosen, 1], rows.masked.index_select(0, chosen))
         return
-    step = rows.process.reveal_steps(shape, grids if len(grids) > 1 else grids[0], device)
     # Short integers are faster to go through, step by step.
-    step = step.to(torch.int16 if grids.shape[1] <= 2**15 else torch.int32)
+    kinds = {2**8: torch.uint8, 2**15: torch.int16}
+    short = next((kind for most, kind in kinds.items() if grids.shape[1] <= most), torch.int32)
+    grid = grids if len(grids) > 1 else grids[0]
+    step = rows.process.reveal_steps(shape, grid, device, short)
     step *= rows.masked
 
     def take(chosen: Tensor, now: Tensor) -> None:

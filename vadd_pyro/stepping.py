@@ -191,7 +191,7 @@ class Rows:
         generator = Generator(
             batch, self.process.vocab_size, {**self.latents.common, **replay}, redraw, pick
         )
-        self.memory.rows = None if all_rows else rows
+        self.memory.rows, self.memory.shown = (None, x_t) if all_rows else (rows, None)
         tempering = nullcontext() if temperature == 1 else Tempering(temperature)
         with self.memory, generator, tempering:
             self.model(batch, *self.args)

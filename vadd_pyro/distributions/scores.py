@@ -52,9 +52,12 @@ def row_scores(logits: Tensor, value: Tensor, target: Tensor | None = None) -> T
         shape = torch.broadcast_shapes(value.shape, shape)
         logits, value = logits.expand(shape + logits.shape[-1:]), value.expand(shape)
     if logits.shape[-1] == 2:
-        if value.numel():
-            embedding(torch.stack(value.aminmax()), logits.new_empty(2, 1))  # refuses others
-        return _BinaryRowScores.apply(logits, value, hidden)
+        scores = _BinaryRowScores.apply(logits, value, hidden)
+        if not value.numel():
+            return scores
+        # Refuses what is no token; added, so that compilers do not pass it over.
+        extremes = torch.stack(value.aminmax())
+        return scores + embedding(extremes, scores.new_zeros(2, 1)).sum()
     return _RowScores.apply(logits, value.unsqueeze(-1), hidden)
 
 
@@ -168,7 +171,8 @@ class _BinaryRowScores(torch.autograd.Function):
         p = torch.sigmoid(logits[..., 1] - logits[..., 0])
         factor = _per_position(outer[0].to(p.dtype), hidden, value.shape[-1])
         of_one = ((value - p) * factor).unsqueeze(-1)
-        return of_one * of_one.new_tensor([-1.0, 1.0]), None, None
+        signs = torch.arange(-1, 2, 2, dtype=of_one.dtype, device=of_one.device)
+        return of_one * signs, None, None
 
 
 class _SharedRowScores(torch.autograd.Function):

@@ -39,12 +39,10 @@ def full_precision(layer: nn.Linear, h: Tensor) -> Tensor:
     For last layers. A bfloat16 number has 8 significant bits, so that a logit of 10 would be off
     by up to 0.03 nats, and casting the result afterwards would hold it twice.
     """
-    kind = h.device.type
-    h = h.to(layer.weight.dtype)
-    if not torch.is_autocast_enabled(kind):
-        return layer(h)
-    with torch.autocast(kind, enabled=False):
-        return layer(h)
+    if not torch.is_autocast_enabled(h.device.type):
+        return layer(h.to(layer.weight.dtype))
+    with torch.autocast(h.device.type, enabled=False):
+        return layer(h.to(layer.weight.dtype))
 
 
 class TokenCode(nn.Module):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from torch.nn.functional import embedding, embedding_bag, linear
 
 from vadd_pyro.nn.conditioning import TokenCode
-from vadd_pyro.nn.memory import Change, row_memory
+from vadd_pyro.nn.memory import RowMemory, row_memory
 from vadd_pyro.nn.shortcuts import is_plain, may_shorten, row_starts
 
 __all__ = ["indicated_layer", "token_layer"]
@@ -76,11 +76,11 @@ def _looked_up(layer: nn.Linear, tokens: nn.Module, x_t: Tensor) -> Tensor | Non
         return None
     memory = row_memory()
     if memory is None or len(memory) != num_rows:
-        return _Sums(layer, codes, num_rows).of(x_t, None, None, keep=False)
+        return _Sums(layer, codes, num_rows).of(x_t, None)
     sums = memory.held.get(id(layer))
     if sums is None or not sums.holds(layer, codes):
         sums = memory.held[id(layer)] = _Sums(layer, codes, memory.num_rows)
-    return sums.of(x_t, memory.rows, memory.change)
+    return sums.of(x_t, memory)
 
 
 def indicated_layer(
@@ -186,27 +186,24 @@ class _Sums:
             return False
         return self.shared != (self.x._version, self.h._version)
 
-    def of(
-        self, x_t: Tensor, rows: Tensor | None, change: Change | None, keep: bool = True
-    ) -> Tensor | None:
+    def of(self, x_t: Tensor, memory: RowMemory | None) -> Tensor | None:
         """The sums of some rows, ``(n, width)``; None where a dense layer is faster.
 
         Args:
             x_t: their tokens, ``(n, D)``.
-            rows: which they are, ``(n,)``; None for all.
-            change: where all of them differ from those of the call before, if that is known.
-            keep: whether there will be a next time.
+            memory: says which they are; None if they are all, and there will be no next time.
         """
         if self._spoilt():
             self._start()
         x, h = self.x, self.h
+        rows = None if memory is None else memory.rows
         if rows is not None:
             x = None if x is None else x.index_select(0, rows)
             h = h.index_select(0, rows)
         length = x_t.shape[1]
         changed = None
-        if rows is None and change is not None:
-            changed = change.between(x, x_t)
+        if rows is None and memory is not None and memory.change is not None:
+            changed = memory.change.between(x, x_t)
         if changed is None:
             differ = x_t != (self.vocab_size if x is None else x)
             changed = differ.reshape(-1).nonzero().squeeze(-1)
@@ -219,8 +216,10 @@ class _Sums:
                 before = x.reshape(-1).index_select(0, changed)
                 if bool((before != self.vocab_size).any()):
                     h -= self._change(x, changed)
-        if keep:
-            self._keep(x_t, h, rows)
+        elif x is None:
+            h = h.clone()  # or a caller could write to the base
+        if memory is not None:
+            self._keep(x_t, h, rows, x_t is memory.shown)
         return h
 
     def _change(self, x_t: Tensor, index: Tensor) -> Tensor:
@@ -235,18 +234,18 @@ class _Sums:
         ends = row_starts(index, rows, length)
         return embedding_bag(entry, self.table, ends, mode="sum", include_last_offset=True)
 
-    def _keep(self, x_t: Tensor, h: Tensor, rows: Tensor | None) -> None:
-        """Remember rows: all of them by the tensors that were shown and given, which a caller may
-        write to; some of them in copies.
+    def _keep(self, x_t: Tensor, h: Tensor, rows: Tensor | None, shown: bool) -> None:
+        """Remember rows: those that a sampler shows, and the sums given for them, as they are; any
+        others in copies, for a caller may write to what it gave or got.
         """
-        if rows is None and not (x_t.is_inference() or h.is_inference()):
+        if shown and not (x_t.is_inference() or h.is_inference()):
             self.x, self.h = x_t, h
             self.shared = x_t._version, h._version
             return
         if self.x is None:
             self.x = x_t.new_full((self.num_rows, x_t.shape[1]), self.vocab_size)
             self.h = self.h.clone()
-        elif self.shared is not None:
+        elif self.shared is not None or not self._writable():
             self.x, self.h = self.x.clone(), self.h.clone()
         self.shared = None
         if rows is None:
@@ -255,3 +254,7 @@ class _Sums:
         else:
             self.x.index_copy_(0, rows, x_t)
             self.h.index_copy_(0, rows, h)
+
+    def _writable(self) -> bool:
+        """Whether what is kept can be written to: what was made in inference mode only there."""
+        return torch.is_inference_mode_enabled() or not self.h.is_inference()

@@ -5,10 +5,13 @@ A sampler that shows a network the same rows again and again says so,
 
     with RowMemory(len(x)) as memory:
         memory.rows = which       # before each call: an index into the rows, None for all
+        memory.shown = batch.x_t  # where these are all of them, and stay as they are
         model(batch)
 
 and a layer may look for :func:`row_memory` and keep there what it likes. It must keep what it
 computed from beside what it computed, and compare: nobody promises that it is shown those rows.
+The tokens in ``shown`` it need not copy. A program that writes to them is noticed by torch's
+count of what is written to a tensor, which goes by everything but ``.data`` and NumPy.
 """
 
 from __future__ import annotations
@@ -51,6 +54,7 @@ class RowMemory:
 
     Attributes:
         rows: which of them the next call shows, ``(n,)`` long; None for all.
+        shown: their tokens, ``(B, D)``, if it shows all of them; else None.
         change: where it shows all of them and they differ from a call before, if that is known.
         held: what a layer keeps, by a key of its own.
     """
@@ -58,6 +62,7 @@ class RowMemory:
     def __init__(self, num_rows: int) -> None:
         self.num_rows = num_rows
         self.rows: Tensor | None = None
+        self.shown: Tensor | None = None
         self.change: Change | None = None
         self.held: dict[Any, Any] = {}
         self._token: Token[RowMemory | None] | None = None
