@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from timeit import timeit
 from typing import Any
 
 import torch
@@ -104,14 +104,10 @@ def _faster(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Callabl
         *bias, a, b = args
         return torch.ops.vadd_pyro.linear(a, b.t(), *(bias or [None]))
 
-    def seconds(call: Callable[[], Any]) -> float:
-        start = time.perf_counter()
-        call()
-        return time.perf_counter() - start
-
     plain = func.__name__.startswith(("mm.", "addmm.")) and not kwargs
     plain = plain and all(x.dtype == torch.float32 for x in args)
     if not plain or (len(args) == 3 and args[0].dim() != 1) or not has_onednn():
         return usual
-    times = [(seconds(usual), seconds(other)) for _ in range(6)]
-    return min((usual, other), key=lambda call: min(t[call is other] for t in times[1:]))
+    times = [(timeit(usual, number=1), timeit(other, number=1)) for _ in range(6)]
+    by_torch, by_onednn = (min(each) for each in zip(*times[1:], strict=True))
+    return other if by_onednn < by_torch else usual
